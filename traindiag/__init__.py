@@ -1,0 +1,83 @@
+"""Tells you, before the loss does, that a training run is becoming unstable.
+
+Importing this package costs nothing: every public name is loaded when it is first used, so that command-line tools
+and panels never wait for torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from traindiag.adapters.lightning import TrainingDiagnostics
+    from traindiag.alerts.alert import Alert, Remedy
+    from traindiag.engine.diagnostics import Diagnostics
+    from traindiag.monitors.monitor import Monitor
+    from traindiag.record.cells import Cell, Cells
+    from traindiag.record.frame import Frame, Reading
+    from traindiag.record.run_info import RunInfo
+    from traindiag.record.series import History, Series
+    from traindiag.record.signal import Signal
+    from traindiag.rules.forecast import Forecast
+    from traindiag.rules.nonfinite import NonFinite
+    from traindiag.rules.rule import Rule, Verdict
+    from traindiag.rules.spike import Spike
+    from traindiag.rules.threshold import Threshold
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alert",
+    "Cell",
+    "Cells",
+    "Diagnostics",
+    "Forecast",
+    "Frame",
+    "History",
+    "Monitor",
+    "NonFinite",
+    "Reading",
+    "Remedy",
+    "Rule",
+    "RunInfo",
+    "Series",
+    "Signal",
+    "Spike",
+    "Threshold",
+    "TrainingDiagnostics",
+    "Verdict",
+]
+
+_HOMES = {
+    "traindiag.adapters.lightning": ("TrainingDiagnostics",),
+    "traindiag.alerts.alert": ("Alert", "Remedy"),
+    "traindiag.engine.diagnostics": ("Diagnostics",),
+    "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.record.cells": ("Cell", "Cells"),
+    "traindiag.record.frame": ("Frame", "Reading"),
+    "traindiag.record.run_info": ("RunInfo",),
+    "traindiag.record.series": ("History", "Series"),
+    "traindiag.record.signal": ("Signal",),
+    "traindiag.rules.forecast": ("Forecast",),
+    "traindiag.rules.nonfinite": ("NonFinite",),
+    "traindiag.rules.rule": ("Rule", "Verdict"),
+    "traindiag.rules.spike": ("Spike",),
+    "traindiag.rules.threshold": ("Threshold",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        close = difflib.get_close_matches(name, __all__, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise AttributeError(f"module 'traindiag' has no attribute {name!r}.{hint}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Hooks of training frameworks, mapped onto the engine."""

@@ -1,0 +1,76 @@
+"""Which attention layers were seen, and why the others were not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from traindiag.record.coverage import Coverage, Sight
+
+NO_CALL = "no attention call was seen in its training forward pass"
+NOT_SAMPLED = "not sampled yet"
+COMPILED = "compiled: attention not seen"
+
+_ELSEWHERE = ("flex", "flash", "kernels", "paged")
+"""Beginnings of ``config._attn_implementation`` whose kernels show neither queries nor scores."""
+
+
+def hidden_attention(module: nn.Module) -> str | None:
+    """Why attention in ``module`` cannot be seen although the module itself is not compiled; None where it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "inside torch.jit.script: attention not seen"
+    kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if isinstance(kind, str) and (kind.startswith(_ELSEWHERE) or "/" in kind):
+        return f"{kind} attention shows neither queries nor scores"
+    return None
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """By class name, or by a number of heads of its own."""
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name or isinstance(vars(module).get("num_heads"), int)
+
+
+def attention_coverage(
+    modules: Mapping[str, nn.Module],
+    seen: Mapping[str, tuple[Sight, str]],
+    refused: Mapping[str, str],
+    hidden: Mapping[str, str],
+    *,
+    sampled: bool,
+) -> tuple[Coverage, ...]:
+    """One row per sight and reason.
+
+    Args:
+        modules: Watched modules by name.
+        seen: Sight and reason of every layer that made a call.
+        refused: Reason by layer where a call could not be looked at.
+        hidden: Reason by module in which nothing can be seen.
+        sampled: Whether a window has been open.
+    """
+    rows: dict[tuple[Sight, str], list[str]] = {}
+    for layer, sight in seen.items():
+        if layer not in refused:
+            rows.setdefault(sight, []).append(layer)
+    for layer, reason in refused.items():
+        rows.setdefault(("unseen", reason), []).append(layer)
+    known = {id(m) for n in (*seen, *refused) if n in modules for m in modules[n].modules()}
+    looking = {n: m for n, m in modules.items() if looks_like_attention(m)}
+    for name, module in looking.items():
+        inside = [id(m) for m in module.modules()]
+        if not known.isdisjoint(inside):
+            continue
+        if any(other is not module and id(other) in inside for other in looking.values()):
+            continue  # told of the inner one
+        reason = _reason(module, modules, hidden) or (NO_CALL if sampled else NOT_SAMPLED)
+        rows.setdefault(("unseen", reason), []).append(name)
+    return tuple(Coverage("attention", sight, tuple(places), reason) for (sight, reason), places in rows.items())
+
+
+def _reason(module: nn.Module, modules: Mapping[str, nn.Module], hidden: Mapping[str, str]) -> str | None:
+    for name, why in hidden.items():
+        if name in modules and any(inner is module for inner in modules[name].modules()):
+            return why
+    return None

@@ -1,0 +1,48 @@
+"""Where a monitor looks into the forward pass, and what it is handed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of attention, seen in the forward pass. Everything is detached; keep none of it.
+
+    Either ``query`` and ``key`` are there (fused kernels), or ``scores`` (attention written out before a softmax),
+    or all of them, when the product that made the scores was seen too.
+
+    Args:
+        layer: Name of the innermost watched module that made the call.
+        query: ``[batch, heads, rows, size]``, in the precision that the kernel uses.
+        key: ``[batch, key heads, columns, size]``; fewer heads than ``query`` under grouped-query attention.
+        mask: Boolean (True: may attend) or additive, broadcastable to ``[batch, heads, rows, columns]``.
+        is_causal: Row ``i`` attends to columns ``j <= i``.
+        scale: Factor on the product of query and key.
+        scores: ``[batch, heads, rows, columns]`` as they enter the softmax, scale and mask included.
+        logsumexp: ``[batch, heads, rows]`` as the kernel saved it, or None.
+        heads: Number of query heads.
+    """
+
+    layer: str
+    heads: int
+    query: Tensor | None = None
+    key: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float = 1.0
+    scores: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTap:
+    """Calls ``observe`` with every attention call of a watched module in a sampled training step."""
+
+    observe: Callable[[AttentionCall], None]
+
+
+Tap = AttentionTap

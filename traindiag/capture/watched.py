@@ -1,0 +1,32 @@
+"""What is watched: modules and parameters under the names that the user knows them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The part of a program that is being trained.
+
+    Args:
+        modules: Watched modules by name, wrapper prefixes stripped.
+        parameters: For each optimizer, its parameters as ``(name, parameter)`` in the order of the model.
+        optimizers: Optimizers by the name that cells carry.
+        frozen: Parameters of the model that no optimizer owns, by name.
+        roots: The models as they were given, wrappers and unwatched parts included.
+    """
+
+    modules: Mapping[str, nn.Module]
+    parameters: Mapping[str, tuple[tuple[str, nn.Parameter], ...]]
+    optimizers: Mapping[str, Optimizer]
+    frozen: Mapping[str, nn.Parameter]
+    roots: tuple[nn.Module, ...] = ()
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """Name of a watched module, None for any other."""
+        return next((n for n, m in self.modules.items() if m is module), None)

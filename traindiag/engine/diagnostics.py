@@ -1,0 +1,499 @@
+"""The engine: what happens in one step, in which order, for any training loop."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from traindiag.alerts.alert import Alert
+from traindiag.capture.names import watch
+from traindiag.capture.taps import AttentionCall, AttentionTap
+from traindiag.capture.window import Capture
+from traindiag.engine.judge import Judge
+from traindiag.engine.lanes import MonitorLane, StepFacts
+from traindiag.engine.meter import Meter
+from traindiag.engine.outlet import Outlet
+from traindiag.engine.run_facts import run_facts, with_attention
+from traindiag.engine.schedule import Schedule
+from traindiag.engine.settings import Settings
+from traindiag.monitors.logged import LoggedMonitor
+from traindiag.monitors.monitor import Monitor
+from traindiag.record.coverage import Coverage
+from traindiag.record.frame import Frame
+from traindiag.record.series import History
+from traindiag.transfer.ranks import world_size
+
+STATE_VERSION = 1
+_PATIENCE = 2.0  # seconds for other ranks' last message after an exception
+
+Models = nn.Module | Mapping[str, nn.Module]
+Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+
+
+class Diagnostics:
+    """Watches the training of a model in any loop.
+
+    Args:
+        model: The model, or several by name.
+        optimizers: One optimizer, several, or several by name; cells carry the names.
+        log_dir: Where panels and alerts are written; None keeps everything in memory.
+        outlet: Takes the place of ``log_dir`` where a framework brings loggers of its own.
+        facts: What is known of the run, by field of :class:`RunInfo` (``length``, ``precision``, ``clip``, ...).
+        schedulers: Learning-rate schedulers, for peak and warm-up.
+        settings: Ready settings, in place of keywords.
+        keywords: Fields of :class:`~traindiag.engine.settings.Settings`.
+
+    Raises:
+        ValueError: For a wrong setting, with its value and what was expected.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> diagnostics = Diagnostics(model, optimizer, terminal=False)
+        >>> for _ in range(3):
+        ...     with diagnostics.step() as step:
+        ...         loss = step.loss(model(torch.ones(2, 4)).square().mean())
+        ...         loss.backward()
+        ...         step.gradients()
+        ...         _ = optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> diagnostics.finish()
+        >>> diagnostics.history["loss/value"].steps.tolist()
+        [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        model: Models,
+        optimizers: Optimizers,
+        log_dir: str | os.PathLike[str] | None = None,
+        *,
+        outlet: Outlet | None = None,
+        facts: Mapping[str, Any] | None = None,
+        schedulers: Iterable[object] = (),
+        settings: Settings | None = None,
+        **keywords: Any,
+    ) -> None:
+        if settings is not None and keywords:
+            raise ValueError(f"pass either settings or keywords, got both: {sorted(keywords)}")
+        self.settings = settings or Settings(**keywords)
+        self.models = list(model.values()) if isinstance(model, Mapping) else [model]
+        self.watched = watch(model, optimizers, self.settings.watch)
+        self.run = run_facts(
+            self.watched, self.models, schedulers, **{"run_id": _shared_run_id(), **(facts or {})}
+        )
+        self.step_count = 0
+        self.segment = 0
+        self.updates = dict.fromkeys(self.watched.optimizers, 0)
+
+        self._logged = LoggedMonitor()
+        monitors: list[Monitor] = [*self.settings.build_monitors(), self._logged]
+        device = next((p.device for ps in self.watched.parameters.values() for _, p in ps), torch.device("cpu"))
+        self._fast, self._slow = (
+            MonitorLane(name, [m for m in monitors if m.lane == name], device, strict=self.settings.strict)
+            for name in ("fast", "slow")
+        )
+        self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
+        self._judge = Judge(
+            self.settings.build_rules(), self.run.run_id, strict=self.settings.strict, report=self._outlet.say
+        )
+        self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
+        self._meter = Meter()
+        self._capture = Capture()
+
+        self._armed = False
+        self._in_step = False
+        self._sampling = False
+        self._told_coverage = False
+        self._refused_loss = False
+        self._steps_end_with_updates = False
+        self.measures_applied_gradients = True
+        self._seen_gradients: set[str] = set()
+        self._updated: set[str] = set()
+        self._learning_rates: dict[str, float] = {}
+        self._handles: list[RemovableHandle] = []
+        self._arm()
+
+    # -- what there is to see ------------------------------------------------------------------
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Everything told so far, oldest first."""
+        return self._judge.alerts
+
+    @property
+    def history(self) -> History:
+        """Every number measured so far, by signal."""
+        return self._judge.history
+
+    @property
+    def coverage(self) -> tuple[Coverage, ...]:
+        """What is seen of attention and what is not, with reasons; empty for a model that has none."""
+        return self._capture.coverage()
+
+    @property
+    def overhead(self) -> float:
+        """Time spent in diagnostics as a share of the time of all steps; NaN before the second step."""
+        return self._meter.total_share
+
+    # -- a loop that is yours ------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """Marks one optimizer step, all its micro-batches included."""
+        self.begin()
+        try:
+            yield Step(self)
+        except BaseException:
+            self.finish(failed=True)
+            raise
+        self.end()
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Takes a number of your own for this step; every rule can judge it.
+
+        Args:
+            name: ``family/metric``, none of the built-in names.
+            value: A number or a tensor that holds one; a tensor stays on its device.
+        """
+        self._logged.log(name, value)
+
+    # -- a loop that is not yours --------------------------------------------------------------
+
+    @classmethod
+    def attach(
+        cls,
+        model: Models,
+        optimizers: Optimizers,
+        log_dir: str | os.PathLike[str] | None = None,
+        **keywords: Any,
+    ) -> Diagnostics:
+        """Watches a loop without a line inside it; ends with :meth:`detach`.
+
+        It lives on hooks of the optimizers and of the model's forward pass. A step ends when its optimizer has
+        stepped; with several, when one that has already stepped is about to step again. Loops clip before they call
+        the optimizer, so the gradient norm is ``gradient/norm_applied``; a loss is not seen.
+
+        Example:
+            >>> model = nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            >>> diagnostics = Diagnostics.attach(model, optimizer, terminal=False)
+            >>> for _ in range(3):
+            ...     optimizer.zero_grad()
+            ...     model(torch.ones(2, 4)).square().mean().backward()
+            ...     _ = optimizer.step()
+            >>> diagnostics.detach()
+            >>> diagnostics.history["gradient/norm_applied"].steps.tolist()
+            [0, 1, 2]
+        """
+        diagnostics = cls(model, optimizers, log_dir, **keywords)
+        diagnostics._live_on_hooks()
+        return diagnostics
+
+    def detach(self) -> None:
+        """Ends :meth:`attach`: judges what is under way and removes every hook."""
+        self.finish()
+
+    # -- the life of a step, for adapters ------------------------------------------------------
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the slow lane measures the step that is under way."""
+        return self._in_step and self._sampling
+
+    def learn(self, **facts: Any) -> None:
+        """Adds facts about the run that became known after it began."""
+        self.run = replace(self.run, **facts)
+
+    def begin(self) -> None:
+        """A micro-batch begins; the first one of a step begins the step."""
+        with self._meter.own():
+            self._begin_step()
+            if self._sampling:
+                self._capture.open()
+
+    def before_backward(self) -> None:
+        """The forward pass is over for now."""
+        self._capture.pause()
+
+    def after_backward(self) -> None:
+        """More forward passes may come."""
+        self._capture.resume()
+
+    def loss(self, value: Tensor, optimizer: str | None = None) -> None:
+        """Takes the loss of a micro-batch, not divided by the accumulation.
+
+        Args:
+            value: A scalar tensor; anything else is refused once with a warning, and training goes on.
+            optimizer: Name of the optimizer that it is for; the first one if not given.
+        """
+        if not self._measures_fast():
+            return
+        with self._meter.own():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                self._refuse_loss(value)
+                return
+            name = optimizer or next(iter(self.watched.optimizers))
+            scalar = value.detach().reshape(())
+            self._fast.each(lambda m: m.loss(name, scalar), "loss")
+
+    def gradients(
+        self, optimizer: str | None = None, *, applied: bool = False, scale: Tensor | float | None = None
+    ) -> None:
+        """Gradients are complete and true: unscaled, and not clipped unless ``applied``.
+
+        Args:
+            optimizer: Name of the optimizer that is about to step; all of them if not given.
+            applied: Whether they may have been clipped already.
+            scale: What they are still multiplied by.
+        """
+        with self._meter.own():
+            for name in self.watched.optimizers if optimizer is None else [optimizer]:
+                self._seen_gradients.add(name)
+                for lane in self._measuring():
+                    lane.each(lambda m, n=name: m.gradients(n, applied=applied, scale=scale), "gradients")  # type: ignore[misc]
+
+    def end(self, *, step_done: bool = True) -> None:
+        """A micro-batch ends; ``step_done`` where it ended an accumulation."""
+        with self._meter.own():
+            self._capture.close()
+            done = step_done and self._in_step
+            if done:
+                self._receive()
+                self._send()
+                self.step_count += 1
+                self._in_step = False
+        if done:
+            self._meter.step_done(sampled=self._sampling)
+
+    def idle(self) -> None:
+        """Something other than training goes on, such as validation; its time is not a step's."""
+        self._meter.pause()
+
+    def finish(self, *, failed: bool = False) -> None:
+        """Judges what is under way, tells the summary and removes every hook; safe to call again.
+
+        Args:
+            failed: The run ends by an exception. Other ranks may never answer then, so they get little time.
+        """
+        if not self._armed:
+            return
+        self._armed = False
+        patience = _PATIENCE if failed else None
+        try:
+            self._capture.close()
+            self._receive(patience)
+            if self._in_step and world_size() == 1:  # what the broken step had shown so far
+                self._send()
+                self.step_count += 1
+                self._receive(patience)
+        finally:
+            self._in_step = False
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks."""
+        with self._meter.own():
+            self._receive()
+        return {
+            "version": STATE_VERSION,
+            "segment": self.segment,
+            "step": self.step_count,
+            "updates": dict(self.updates),
+            "schedule": self._schedule.state_dict(),
+            "judge": self._judge.state_dict(),
+            "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues a run as its next segment.
+
+        Raises:
+            ValueError: If the state is of a newer version.
+        """
+        if state["version"] > STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint holds traindiag state of version {state['version']}; this package knows "
+                f"{STATE_VERSION}. Update traindiag to resume with it."
+            )
+        self.run = replace(self.run, run_id=str(state["judge"]["run_id"]))
+        self.segment = int(state["segment"]) + 1
+        self.step_count = int(state["step"])
+        self.updates.update({n: int(c) for n, c in state["updates"].items() if n in self.updates})
+        self._schedule.load_state_dict(state["schedule"])
+        self._judge.load_state_dict(state["judge"])
+        for lane in self._lanes():
+            for name, monitor in lane.monitors.items():
+                if name in state["monitors"]:
+                    monitor.load_state_dict(state["monitors"][name])
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _lanes(self) -> tuple[MonitorLane, MonitorLane]:
+        return self._fast, self._slow  # in this order: a non-finite gradient is told before what follows from it
+
+    def _arm(self) -> None:
+        """Installs what a run needs, before its first step or when a loop goes on after an exception."""
+        taps: list[AttentionTap] = []
+        for lane in self._lanes():
+            lane.each(lambda m: m.prepare(self.watched), "prepare")
+            for monitor in lane.working():
+                with lane.contained(monitor, "taps"):
+                    taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
+        self._capture.prepare(self.watched, taps)
+        for name, optimizer in self.watched.optimizers.items():
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_, n=name: self._before_update(n)))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))
+        self._armed = True
+
+    def _live_on_hooks(self) -> None:
+        self._steps_end_with_updates = True
+
+        def before_forward(module: nn.Module, _: object) -> None:
+            if module.training and torch.is_grad_enabled():
+                self.begin()
+
+        def after_forward(*_: object) -> None:
+            self._capture.close()
+
+        for model in self.models:
+            self._handles.append(model.register_forward_pre_hook(before_forward))
+            self._handles.append(model.register_forward_hook(after_forward, always_call=True))
+
+    def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: AttentionTap) -> AttentionTap:
+        def observe(call: AttentionCall) -> None:
+            if lane.works(monitor):
+                with self._meter.own(), lane.contained(monitor, f"observe at {call.layer}"):
+                    tap.observe(call)
+
+        return AttentionTap(observe)
+
+    def _begin_step(self) -> None:
+        if not self._armed:
+            self._arm()
+        if not self._in_step:
+            self._in_step = True
+            self._outlet.start(self.run, self.segment, self.step_count)
+            self._sampling = self._schedule.due(self.step_count)
+            self._seen_gradients.clear()
+            self._updated.clear()
+
+    def _before_update(self, name: str) -> None:
+        if self._steps_end_with_updates:
+            if name in self._updated:
+                self.end()
+            self._begin_step()
+        if not self._in_step:
+            return
+        rate = self.watched.optimizers[name].param_groups[0].get("lr")
+        if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
+            self._learning_rates[name] = float(rate)
+        if self.measures_applied_gradients and name not in self._seen_gradients:
+            self.gradients(name, applied=True)
+
+    def _after_update(self, name: str) -> None:
+        with self._meter.own():
+            self.updates[name] += 1
+            self._updated.add(name)
+            self._seen_gradients.discard(name)
+            for lane in self._measuring():
+                lane.each(lambda m: m.updated(name), "updated")
+        if self._steps_end_with_updates and len(self.watched.optimizers) == 1:
+            self.end()
+
+    def _measures_fast(self) -> bool:
+        return self._in_step and (self.settings.fast or self._sampling)
+
+    def _measuring(self) -> list[MonitorLane]:
+        fast = [self._fast] if self._measures_fast() else []
+        return [*fast, self._slow] if self._sampling and self._in_step else fast
+
+    def _send(self) -> None:
+        facts = StepFacts(
+            updates=dict(self.updates),
+            learning_rates=dict(self._learning_rates),
+            seconds_per_step=self._meter.seconds_per_step,
+        )
+        cost = self._meter.recent_share(self._schedule.cadence)
+        for lane in self._measuring():
+            lane.send(self.step_count, facts, cost)
+
+    def _receive(self, patience: float | None = None) -> None:
+        for lane in self._lanes():
+            received = lane.receive(self.run, self.segment, patience)
+            if received is None:
+                continue
+            frame, cost = received
+            if lane is self._slow:
+                frame = self._after_sample(frame, cost)
+            alerts = self._judge.hear(frame)
+            if any(a.status == "opened" for a in alerts):
+                # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
+                self._schedule.open_burst(frame.step + 2)
+            self._outlet.frame(frame, alerts)
+
+    def _after_sample(self, frame: Frame, cost: float) -> Frame:
+        if self._schedule.account(cost):
+            self._outlet.say(
+                f"diagnostics take {cost:.1%} of the step time; attention is sampled every "
+                f"{self._schedule.cadence} steps now"
+            )
+        if self._told_coverage:
+            return frame
+        self._told_coverage = True
+        if (reading := frame.readings.get("attention/max_logit")) is not None:
+            self.run = with_attention(self.run, reading)
+        self._outlet.coverage(self.run, self.coverage, frame.step)
+        return replace(frame, run=self.run)
+
+    def _refuse_loss(self, value: object) -> None:
+        if self._refused_loss:
+            return
+        self._refused_loss = True
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        warnings.warn(
+            f"traindiag: expected the loss as a tensor with one value, got {got}. loss/value is not recorded; "
+            "everything else is.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _shared_run_id() -> str:
+    """A fresh identifier, the first rank's on all ranks: alert ids are made of it."""
+    identifier = [secrets.token_hex(6)]
+    if world_size() > 1:
+        dist.broadcast_object_list(identifier, src=0)
+    return identifier[0]
+
+
+class Step:
+    """One step of a loop that is yours, from :meth:`Diagnostics.step`."""
+
+    def __init__(self, diagnostics: Diagnostics) -> None:
+        self._diagnostics = diagnostics
+
+    def loss(self, value: Tensor, optimizer: str | None = None) -> Tensor:
+        """Takes the loss of one micro-batch, before any division by the accumulation, and gives it back."""
+        self._diagnostics.loss(value, optimizer)
+        return value
+
+    def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:
+        """Call it when gradients are complete and unscaled, before clipping."""
+        self._diagnostics.gradients(optimizer, scale=scale)

@@ -1,0 +1,53 @@
+"""Frames become history, verdicts and alerts, the same ones on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from traindiag.alerts.alert import Alert
+from traindiag.alerts.book import AlertBook
+from traindiag.record.frame import Frame
+from traindiag.record.series import History
+from traindiag.rules.rule import Rule
+from traindiag.rules.rule_set import RuleSet
+
+
+class Judge:
+    """Records a frame and judges exactly the numbers that were recorded.
+
+    Args:
+        rules: Rules of the run.
+        run_id: Identifier that alerts carry.
+        strict: Whether a rule that raises stops the run.
+        report: Told once, in words, of a rule that is switched off.
+    """
+
+    def __init__(self, rules: Sequence[Rule], run_id: str, *, strict: bool, report: Callable[[str], None]) -> None:
+        self.history = History()
+        self._rules = RuleSet(
+            rules,
+            strict=strict,
+            on_fault=lambda name, error: report(
+                f"rule {name!r} is switched off: {type(error).__name__}: {error}; training goes on"
+            ),
+        )
+        self._book = AlertBook(run_id)
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Everything told in this run, its earlier segments included, oldest first."""
+        return self._book.alerts
+
+    def hear(self, frame: Frame) -> list[Alert]:
+        """What there is to tell about ``frame``."""
+        self.history.append(frame)
+        return self._book.update(frame, self._rules.update(frame))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self._book.run_id, "rules": self._rules.state_dict(), "alerts": self._book.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._book.run_id = str(state["run_id"])
+        self._rules.load_state_dict(state["rules"])
+        self._book.load_state_dict(state["alerts"])

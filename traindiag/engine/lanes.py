@@ -1,0 +1,131 @@
+"""The two lanes of a step: monitors in, frames out, faults contained."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from traindiag.monitors.monitor import Monitor
+from traindiag.record.frame import Frame, Reading
+from traindiag.record.run_info import RunInfo
+from traindiag.record.signal import Lane as LaneName
+from traindiag.transfer.lane import Delivery, Lane
+from traindiag.transfer.ranks import rank, world_size
+from traindiag.transfer.states import Group, Reduced
+
+
+class MonitorFault(RuntimeError):
+    """A monitor raised while ``strict`` was set."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What the host knows of a step when it is sent; it joins the numbers when they arrive."""
+
+    updates: Mapping[str, int] = field(default_factory=dict)
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    seconds_per_step: float | None = None
+    time: float = field(default_factory=time.time)
+
+
+class MonitorLane:
+    """The monitors of one lane with their messages.
+
+    A monitor that raises is reported once with its cause. Its cells are sent as unseen, the header of the next
+    message carries the fault, and when that message is read every rank switches the monitor off at the same step.
+    """
+
+    def __init__(self, name: LaneName, monitors: Sequence[Monitor], device: torch.device, *, strict: bool) -> None:
+        self.name = name
+        self.monitors = {m.name: m for m in monitors}
+        self.off: dict[str, str] = {}
+        self._strict = strict
+        self._faults: dict[str, str] = {}
+        self._facts: dict[int, StepFacts] = {}
+        faults = [f"fault:{n}" for n in self.monitors]
+        self._lane = Lane(device, ["cost", *faults], sums_only=name == "fast")
+
+    def each(self, event: Callable[[Monitor], None], what: str) -> None:
+        """Tells every working monitor of an event."""
+        for monitor in self.working():
+            with self.contained(monitor, what):
+                event(monitor)
+
+    def working(self) -> list[Monitor]:
+        return [m for m in self.monitors.values() if self.works(m)]
+
+    def works(self, monitor: Monitor) -> bool:
+        return monitor.name not in self.off and monitor.name not in self._faults
+
+    @contextmanager
+    def contained(self, monitor: Monitor, what: str) -> Iterator[None]:
+        """Keeps a fault of ``monitor`` away from the run."""
+        try:
+            yield
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            if self._strict:
+                raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
+            self._faults.setdefault(monitor.name, f"failed in {what} on rank {rank()}: {cause}")
+
+    def send(self, step: int, facts: StepFacts, cost: float) -> None:
+        """Starts the reduction of what the monitors hold."""
+        groups: dict[str, Group] = {}
+        for monitor in self.working():
+            with self.contained(monitor, "collect"):
+                groups.update({f"{monitor.name}/{g.name}": g for g in monitor.collect()})
+        header = {f"fault:{name}": 1.0 for name in self._faults}
+        self._facts[step] = facts
+        self._lane.send(step, groups, {"cost": cost, **header})
+
+    def receive(
+        self, run: RunInfo, segment: int, patience: float | None = None
+    ) -> tuple[Frame, float] | None:
+        """The frame of the step sent last, with the ranks' mean cost; None where none is under way."""
+        delivery = self._lane.receive(patience)
+        if delivery is None:
+            return None
+        self._switch_off(delivery)
+        readings = {r.signal.name: r for m in self.working() for r in self._readings(m, delivery)}
+        facts = self._facts.pop(delivery.step)
+        self._facts.clear()
+        frame = Frame(
+            step=delivery.step,
+            lane=self.name,
+            readings=readings,
+            run=run,
+            time=facts.time,
+            seconds_per_step=facts.seconds_per_step,
+            updates=facts.updates,
+            learning_rates=facts.learning_rates,
+            segment=segment,
+        )
+        return frame, delivery.header["cost"] / world_size()
+
+    def _readings(self, monitor: Monitor, delivery: Delivery) -> Sequence[Reading]:
+        prefix = f"{monitor.name}/"
+        states: dict[str, Reduced] = {
+            key.removeprefix(prefix): reduced for key, reduced in delivery.states.items() if key.startswith(prefix)
+        }
+        readings: Sequence[Reading] = ()
+        with self.contained(monitor, "readings"):
+            readings = monitor.readings(states)
+            monitor.feedback(readings)
+        if monitor.name in self._faults:  # computed from reduced numbers: every rank fails alike, at this step
+            self._switch_off_one(monitor.name)
+        return readings
+
+    def _switch_off(self, delivery: Delivery) -> None:
+        for name in self.monitors:
+            if delivery.header[f"fault:{name}"] > 0 and name not in self.off:
+                self._switch_off_one(name)
+
+    def _switch_off_one(self, name: str) -> None:
+        self.off[name] = self._faults.pop(name, "failed on another rank")
+        message = f"traindiag: monitor {name!r} is switched off on all ranks: {self.off[name]}. Training goes on."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,76 @@
+"""What diagnosing costs, measured by itself."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+
+
+class Meter:
+    """Host time spent in diagnostics against the time of a step.
+
+    The share is that of one cadence: what a sampled step costs more is spread over the steps between samples. On an
+    accelerator host time misses kernels that run later; they lengthen the sampled steps and show up in their median.
+    """
+
+    def __init__(self) -> None:
+        self.own_seconds = 0.0
+        self.wall_seconds = 0.0
+        self.steps = 0
+        self._own_in_step = 0.0
+        self._depth = 0
+        self._last: float | None = None
+        self._walls: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
+        self._owns: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Counts the time inside as diagnostics."""
+        self._depth += 1
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._own_in_step += time.perf_counter() - start
+
+    def step_done(self, *, sampled: bool) -> None:
+        """Closes one step."""
+        now = time.perf_counter()
+        own, self._own_in_step = self._own_in_step, 0.0
+        if self._last is not None:
+            wall = now - self._last
+            self._walls[sampled].append(wall)
+            self._owns[sampled].append(own)
+            self.own_seconds += own
+            self.wall_seconds += wall
+            self.steps += 1
+        self._last = now
+
+    def pause(self) -> None:
+        """Leaves out what happens until the next step, such as validation."""
+        self._last = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median of recent steps."""
+        walls = self._walls[False] or self._walls[True]
+        return median(walls) if walls else None
+
+    @property
+    def total_share(self) -> float:
+        """Diagnostics as a share of the time of all steps; NaN before the second one."""
+        return self.own_seconds / self.wall_seconds if self.wall_seconds else float("nan")
+
+    def recent_share(self, cadence: int) -> float:
+        """Recent cost of diagnostics as a share of the time of the steps without it; NaN until it is known."""
+        if len(self._owns[True]) < 3 or len(self._owns[False]) < 3:
+            return float("nan")
+        idle, sampled = median(self._owns[False]), median(self._owns[True])
+        base = median(self._walls[False]) - idle
+        cost = idle * (cadence - 1) + sampled
+        return cost / (cadence * base) if base > 0 else float("nan")

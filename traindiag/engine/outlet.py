@@ -1,0 +1,127 @@
+"""Where a run's numbers and alerts go: panels, alert file, terminal, other loggers, the user's actions."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from traindiag.alerts.alert import Alert
+from traindiag.alerts.jsonl import AlertFile
+from traindiag.engine.settings import Action, Settings
+from traindiag.panels.layout import links
+from traindiag.panels.sinks import FileSink, SummarySink
+from traindiag.panels.tensorboard import TensorBoardPanels
+from traindiag.panels.terminal import TerminalPanel
+from traindiag.record.coverage import Coverage
+from traindiag.record.frame import Frame
+from traindiag.record.run_info import RunInfo
+from traindiag.record.series import Series
+from traindiag.transfer.ranks import rank
+
+AggregateLogger = Callable[[Mapping[str, float], int], None]
+
+
+class Outlet:
+    """Tells what was found. Nothing here can stop a run: what fails is reported once and left out.
+
+    Only the first rank writes and prints. Actions run on every rank, with the same alert at the same step, so that
+    what they decide is decided everywhere.
+
+    Args:
+        settings: What the user asked for.
+        sink: Where event-file summaries go; None for no panels.
+        folder: Where ``alerts.jsonl`` goes; None for no file.
+        show: Folder to give to ``tensorboard --logdir``.
+        loggers: Functions that take aggregates and their step, for loggers other than TensorBoard's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        sink: SummarySink | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        show: str | os.PathLike[str] | None = None,
+        loggers: Sequence[AggregateLogger] = (),
+    ) -> None:
+        speaks = rank() == 0
+        self._actions: list[Action] = list(settings.actions)
+        self._layout = settings.layout
+        self._sink = sink if speaks else None
+        self._show = show
+        self._terminal = TerminalPanel() if settings.terminal and speaks else None
+        self._file = None
+        if folder is not None and speaks:
+            self._file = AlertFile(Path(folder) / "alerts.jsonl", on_fault=self._no_file)
+        self._loggers = list(loggers) if speaks else []
+        self._panels: TensorBoardPanels | None = None
+
+    @classmethod
+    def to_directory(cls, folder: str | os.PathLike[str] | None, settings: Settings) -> Outlet:
+        """Panels and alerts in a folder of our own; in memory only for None."""
+        if folder is None:
+            return cls(settings)
+        return cls(settings, sink=FileSink(folder), folder=Path(folder) / "traindiag", show=folder)
+
+    def start(self, run: RunInfo, segment: int, step: int) -> None:
+        """A job begins with ``step``."""
+        if self._panels is None and self._sink is not None:
+            self._panels = TensorBoardPanels(
+                self._sink, run.run_id, segment, layout=self._layout, on_problem=self.say
+            )
+            self._panels.start(run, step)
+
+    def coverage(self, run: RunInfo, coverage: Sequence[Coverage], step: int) -> None:
+        """The first sample has shown what is seen and what is not."""
+        if self._panels is not None:
+            self._panels.start(run, step)
+            self._panels.coverage(coverage, step)
+        if self._terminal is not None:
+            self._terminal.start(coverage, links(self._show) if self._show else ())
+
+    def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
+        """Writes one frame and tells what it brought up."""
+        if self._panels is not None:
+            points = self._panels.frame(frame)
+            self._panels.alerts(alerts, frame.step)
+            self._log(points, frame.step)
+        if not alerts:
+            return
+        if self._file is not None:
+            self._file.write(alerts)
+        if self._terminal is not None:
+            self._terminal.alerts(a for a in alerts if a.severity != "info" or a.status == "opened")
+        for alert in alerts:
+            for action in list(self._actions):
+                try:
+                    action(alert)
+                except Exception as error:
+                    self._actions.remove(action)
+                    self.say(f"action {action!r} failed and is not called again: {type(error).__name__}: {error}")
+
+    def say(self, text: str) -> None:
+        """One line about diagnostics themselves."""
+        warnings.warn(f"traindiag: {text}", RuntimeWarning, stacklevel=3)
+
+    def _no_file(self, error: OSError) -> None:
+        self.say(f"alerts are not written to a file: {type(error).__name__}: {error}; training goes on")
+
+    def finish(
+        self, history: Mapping[str, Series], alerts: Sequence[Alert], steps: int, overhead: float
+    ) -> None:
+        """The job is over."""
+        if self._panels is not None:
+            self._log(self._panels.close(), steps)
+            self._panels = None
+        if self._terminal is not None and steps:
+            self._terminal.summary(history, alerts, steps, overhead if overhead == overhead else None)
+
+    def _log(self, points: Mapping[str, float], step: int) -> None:
+        for logger in list(self._loggers if points else ()):
+            try:
+                logger(points, step)
+            except Exception as error:
+                self._loggers.remove(logger)
+                self.say(f"a logger refused the aggregates and gets no more: {type(error).__name__}: {error}")

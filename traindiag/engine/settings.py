@@ -1,0 +1,114 @@
+"""What the user asks for, checked when it is asked and not at step 10,000."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from traindiag.alerts.alert import Alert
+from traindiag.engine.schedule import Schedule
+from traindiag.monitors.attention import AttentionMonitor
+from traindiag.monitors.gradient import GradientMonitor
+from traindiag.monitors.loss import LossMonitor
+from traindiag.monitors.monitor import Monitor
+from traindiag.record.catalogue import check_signal, near
+from traindiag.rules import default_pack
+from traindiag.rules.rule import Rule
+
+Action = Callable[[Alert], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings that every adapter shares.
+
+    Args:
+        monitors: Monitors beside the default ones.
+        default_monitors: Whether attention, gradient and loss are watched.
+        rules: Rules beside the default pack.
+        default_rules: Whether the default pack judges.
+        exclude: Families of default monitors, or names of default rules (globs), to leave out.
+        every_n_steps: Cadence of the slow lane.
+        max_overhead: Share of the step time above which the slow lane backs off; None: never.
+        actions: Called with every alert, on the first rank, in order.
+        watch: Glob, or globs, over module names; ``"*"`` is every module that an optimizer trains.
+        fast: Whether the fast lane runs every step; without it, it runs with the samples of the slow lane.
+        exact: Whether attention maxima are always exact.
+        layout: Whether a custom-scalars layout is written for TensorBoard.
+        terminal: Whether alerts, coverage and the summary are printed.
+        strict: Whether a fault in a monitor or a rule raises instead of switching that part off.
+
+    Raises:
+        ValueError: With the value and what was expected.
+        TypeError: Where something that is no monitor, rule or function stands in their place.
+    """
+
+    monitors: Sequence[Monitor] = ()
+    default_monitors: bool = True
+    rules: Sequence[Rule] = ()
+    default_rules: bool = True
+    exclude: Sequence[str] = ()
+    every_n_steps: int = 10
+    max_overhead: float | None = 0.02
+    actions: Sequence[Action] = ()
+    watch: str | Sequence[str] = "*"
+    fast: bool = True
+    exact: bool = False
+    layout: bool = True
+    terminal: bool = True
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        Schedule(self.every_n_steps, self.max_overhead)
+        for what, kind, items in (("monitors", Monitor, self.monitors), ("rules", Rule, self.rules)):
+            for item in items:
+                if not isinstance(item, kind):
+                    raise TypeError(f"{what} must hold {kind.__name__} objects, got {item!r}")
+        for action in self.actions:
+            if not callable(action):
+                raise TypeError(f"actions must be functions of an Alert, got {action!r}")
+        if not self.watch:
+            raise ValueError(f"watch must name at least one module, got {self.watch!r}")
+        self._check_exclude()
+        measured = {s.name for m in self.monitors for s in m.signals}
+        for rule in self.rules:
+            for signal in rule.signals:
+                if "*" not in signal:
+                    check_signal(signal, measured)
+        _unique("monitor", [m.name for m in self.build_monitors()])
+        _unique("rule", [r.name for r in self.build_rules()])
+
+    def build_monitors(self) -> list[Monitor]:
+        """Default monitors that are not excluded, then the user's."""
+        defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
+        return [m for m in defaults if not self._excluded(m.family)] + list(self.monitors)
+
+    def build_rules(self) -> list[Rule]:
+        """Default rules that are not excluded, then the user's."""
+        defaults = default_pack.default_rules() if self.default_rules else []
+        return [r for r in defaults if not self._excluded(r.name)] + list(self.rules)
+
+    def _excluded(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def _check_exclude(self) -> None:
+        if isinstance(self.exclude, str):
+            raise TypeError(f"exclude is a list of names, got the string {self.exclude!r}")
+        names = [m.family for m in _default_monitors(exact=False)] + [r.name for r in default_pack.default_rules()]
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"exclude: no default monitor or rule is called {pattern!r}.{near(pattern, names)} "
+                    f"There are {', '.join(names)}."
+                )
+
+
+def _default_monitors(*, exact: bool) -> list[Monitor]:
+    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact)]
+
+
+def _unique(what: str, names: Sequence[str]) -> None:
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"two {what}s are called {twice[0]!r}; give one of them another name")

@@ -1,0 +1,302 @@
+"""What attention logits say, from queries and keys of a fused kernel or from scores that a model wrote out itself.
+
+Computing every logit would cost what the fused kernel saves. Rows are ranked by a ceiling that no logit of the row
+can exceed: its log-sum-exp where the kernel kept one, ``|q_i| max_j |k_j| |scale|`` otherwise. The logits of the
+rows with the highest ceilings are computed, so that the largest one *occurred*, and the highest ceiling among the
+rows left out bounds what was missed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**22
+"""Logits held at a time: 16 MiB in fp32, whatever the length of the sequence."""
+
+_FLOOR = -1e8
+"""No bias that lets a key be seen is this low; -1e9 and the like stand for "masked"."""
+
+_SLACK = 2e-5
+"""A kernel rounds its log-sum-exp (measured: 8e-6 in fp32), and we round norms: a ceiling stays above the truth."""
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of one attention call, each ``[heads]``, fp32, on the device of the input.
+
+    Args:
+        max_logit: Largest logit found over batch and rows; ``-inf`` where nothing may be attended to.
+        max_logit_bound: Never below the true maximum; equal to ``max_logit`` where that is known to be exact.
+        logit_range: Largest row maximum less row mean over unmasked keys, over the rows looked at.
+        entropy_sum: Sum over rows of the entropy of the attention weights, in nat.
+        entropy_rows: Number of rows in that sum.
+        query_square_sum: Sum over batch and rows of the squared query norm; None where only scores are known.
+        query_rows: Number of rows in that sum.
+        key_square_sum: The same of keys, those of a shared key head repeated for its query heads.
+        key_rows: Number of keys in that sum.
+    """
+
+    max_logit: Tensor
+    max_logit_bound: Tensor
+    logit_range: Tensor
+    entropy_sum: Tensor
+    entropy_rows: Tensor
+    query_square_sum: Tensor | None = None
+    query_rows: Tensor | None = None
+    key_square_sum: Tensor | None = None
+    key_rows: Tensor | None = None
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logsumexp: Tensor | None = None,
+    rows: int = 16,
+    exact: bool = False,
+) -> AttentionStatistics:
+    """Statistics of ``softmax(query @ key^T * scale + mask)`` without the score matrix.
+
+    Reads nothing back to the host and does not branch on values, so it can be traced into a compiled graph.
+
+    Args:
+        query: ``[..., heads, T, size]``; three dimensions are a batch without heads.
+        key: ``[..., key heads, S, size]``; the number of heads is a multiple of the number of key heads.
+        mask: Boolean (True: may attend) or additive, broadcastable to ``[..., heads, T, S]``.
+        is_causal: Row ``i`` attends to columns ``j <= i``, aligned at the top left as in
+            :func:`torch.nn.functional.scaled_dot_product_attention`.
+        scale: Factor on the products; ``1 / sqrt(size)`` by default.
+        logsumexp: ``[..., heads, >= T]`` of the scaled and masked logits; columns beyond ``T`` are padding.
+        rows: Rows computed per head and batch item: this many with the highest ceilings, and as many evenly spaced
+            (entropy uses only the latter, which makes it unbiased).
+        exact: Compute every row, block by block.
+
+    Raises:
+        ValueError: If shapes do not fit, or for a mask together with ``is_causal``.
+
+    Example:
+        >>> q, k = torch.tensor([[[[3.0], [1.0]]]]), torch.tensor([[[[2.0], [4.0]]]])
+        >>> s = attention_statistics(q, k, is_causal=True, scale=1.0)
+        >>> s.max_logit.tolist(), s.max_logit_bound.tolist()
+        ([6.0], [6.0])
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    if mask is not None and is_causal:
+        raise ValueError("a mask and is_causal exclude each other: merge them into the mask")
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        query, key = _with_heads(query), _with_heads(key)
+        (batch, heads, length, size), (key_heads, columns) = query.shape, key.shape[1:3]
+        if key.shape[0] != batch or heads % max(key_heads, 1) or key.shape[3] != size:
+            raise ValueError(f"keys of shape {tuple(key.shape)} do not fit queries of shape {tuple(query.shape)}")
+        scale = size**-0.5 if scale is None else scale
+        if mask is not None:
+            mask = _mask_with_heads(mask, query)
+        repeat = heads // max(key_heads, 1)
+        query_norm, key_norm = _norm(query), _norm(key)
+        norms = _norm_sums(query_norm, key_norm, repeat)
+        if not (batch and length and columns):
+            return _nothing(heads, query.device)._replace(**norms)
+
+        largest_key = key_norm.amax(-1, keepdim=True).repeat_interleave(repeat, 1)
+        ceiling = query_norm * largest_key * abs(scale)
+        open_rows = None
+        if mask is not None:
+            row_mask = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1)
+            open_rows = row_mask if mask.dtype == torch.bool else ~(row_mask <= _floor(mask.dtype))
+            if mask.dtype != torch.bool:
+                ceiling = ceiling + row_mask.float()
+        if logsumexp is not None:
+            kernel = logsumexp.reshape(batch, heads, -1)[..., :length].float()
+            # A kernel may drop NaN in its running maximum; the norms do not.
+            ceiling = torch.where(ceiling.isnan(), ceiling, kernel)
+        ceiling = ceiling + _SLACK * (1 + ceiling.abs())
+        if open_rows is not None:
+            # Kernels write 0 or +inf for a row that sees nothing.
+            ceiling = ceiling.masked_fill(~open_rows, -torch.inf)
+
+        chosen, even = _choose(ceiling, length if exact else rows)
+        parts = []
+        for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
+            index = chosen[items, :, block]
+            q = query[items].gather(2, index[..., None].expand(-1, -1, -1, size)).float()
+            k = key[items].float()
+            logits = q.reshape(len(q), key_heads, -1, size) @ k.transpose(-1, -2)
+            logits = logits.reshape(len(q), heads, -1, columns) * scale
+            allowed = None
+            if is_causal:
+                allowed = torch.arange(columns, device=index.device) <= index[..., None]
+            elif mask is not None:
+                picked = _pick(mask[items] if len(mask) > 1 else mask, index)
+                if picked.dtype == torch.bool:
+                    allowed = picked
+                else:
+                    logits, allowed = logits + picked.float(), ~(picked <= _floor(picked.dtype))
+            parts.append(_row_statistics(logits, allowed, even[block]))
+        found = _join(parts)
+        rest = ceiling.scatter(-1, chosen, -torch.inf).amax((0, 2))
+        # NaN or infinity in a row or key that was not looked at must not be lost.
+        broken = (norms["query_square_sum"] + norms["key_square_sum"]).isnan()
+        value = found.max_logit.masked_fill(broken, torch.nan)
+        return found._replace(max_logit=value, max_logit_bound=torch.maximum(value, rest), **norms)
+
+
+def score_statistics(
+    scores: Tensor, *, query: Tensor | None = None, key: Tensor | None = None, rows: int = 16
+) -> AttentionStatistics:
+    """Statistics of scores as they enter a softmax. The maximum is exact: the model has all of them in memory.
+
+    Args:
+        scores: ``[..., heads, T, S]``, scaled and masked; three dimensions are a batch without heads.
+        query: ``[..., heads, T, size]`` that made them, for the norms; None if unknown.
+        key: ``[..., key heads, S, size]``.
+        rows: As in :func:`attention_statistics`, for range and entropy.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> score_statistics(torch.tensor([[[[1.0, -torch.inf], [2.0, 5.0]]]])).max_logit.tolist()
+        [5.0]
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+        scores = _with_heads(scores)
+        batch, heads, _, columns = scores.shape
+        norms: dict[str, Tensor] = {}
+        if query is not None and key is not None:
+            query_norm, key_norm = _norm(_with_heads(query)), _norm(_with_heads(key))
+            norms = _norm_sums(query_norm, key_norm, heads // max(key_norm.shape[1], 1))
+        if not scores.numel():
+            return _nothing(heads, scores.device)._replace(**norms)
+        floor = _floor(scores.dtype)
+        row_max = scores.amax(-1).float()
+        row_max = row_max.masked_fill(row_max <= floor, -torch.inf)
+        chosen, even = _choose(row_max, rows)
+        parts = []
+        for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
+            picked = _pick(scores[items], chosen[items, :, block])
+            parts.append(_row_statistics(picked.float(), ~(picked <= floor), even[block]))
+        value = row_max.amax((0, 2))
+        return _join(parts)._replace(max_logit=value, max_logit_bound=value, **norms)
+
+
+def _with_heads(x: Tensor) -> Tensor:
+    """``[batch, heads, rows, columns]``."""
+    if x.ndim < 2:
+        raise ValueError(f"expected at least two dimensions [rows, columns], got shape {tuple(x.shape)}")
+    if x.ndim == 2:
+        return x[None, None]
+    return x[:, None] if x.ndim == 3 else x.flatten(0, -4)
+
+
+def _mask_with_heads(mask: Tensor, query: Tensor) -> Tensor:
+    """Broadcastable to ``[batch, heads, T, S]``; only the batch dimensions are made full, and only if they differ."""
+    if mask.ndim <= 2:
+        return mask[(None,) * (4 - mask.ndim)]
+    if query.shape[1] == 1 and mask.ndim == 3:
+        return mask[:, None] if len(mask) in (1, len(query)) else mask[None]
+    if mask.ndim == 3:
+        return mask[None]
+    if mask.ndim == 4 and len(mask) in (1, len(query)):
+        return mask
+    leading = query.shape[0] // max(mask.shape[:-3].numel(), 1)
+    flat = mask.flatten(0, -4)
+    return flat.repeat_interleave(leading, 0) if leading > 1 else flat
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return norm
+
+
+def _norm_sums(query_norm: Tensor, key_norm: Tensor, repeat: int) -> dict[str, Tensor]:
+    query, key = query_norm.square().sum((0, 2)), key_norm.square().sum((0, 2)).repeat_interleave(repeat)
+    return {
+        "query_square_sum": query,
+        "query_rows": torch.full_like(query, query_norm.shape[0] * query_norm.shape[2]),
+        "key_square_sum": key,
+        "key_rows": torch.full_like(key, key_norm.shape[0] * key_norm.shape[2]),
+    }
+
+
+def _floor(dtype: torch.dtype) -> float:
+    return max(_FLOOR, torch.finfo(dtype).min / 2)
+
+
+def _choose(ceiling: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Indices ``[batch, heads, n]`` of the rows to look at, and whether each is one of the evenly spaced ``[n]``."""
+    batch, heads, length = ceiling.shape
+    if length <= 2 * rows:
+        everyone = torch.arange(length, device=ceiling.device)
+        return everyone.expand(batch, heads, -1), torch.ones_like(everyone, dtype=torch.bool)
+    even = ((torch.arange(rows, device=ceiling.device) * 2 + 1) * length).div(2 * rows, rounding_mode="floor")
+    top = ceiling.topk(rows, sorted=False).indices
+    chosen = torch.cat([even.expand(batch, heads, -1), top], -1)
+    return chosen, torch.arange(2 * rows, device=ceiling.device) < rows
+
+
+def _blocks(batch: int, rows: int, width: int) -> list[tuple[slice, slice]]:
+    """Cuts ``[batch, rows]`` so that a block holds about ``_BLOCK`` logits, at least one row."""
+    items = max(1, _BLOCK // max(rows * width, 1))
+    step = max(1, _BLOCK // width) if items == 1 else rows
+    return [
+        (slice(i, i + items), slice(j, j + step)) for i in range(0, batch, items) for j in range(0, rows, step)
+    ]
+
+
+def _pick(matrix: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` ``[b, h, n]`` of ``matrix`` ``[b, h or 1, T or 1, S or 1]``, broadcastable to the logits."""
+    if matrix.shape[2] == 1:
+        return matrix
+    full = matrix.expand(*index.shape[:2], -1, -1)
+    return full.gather(2, index[..., None].expand(-1, -1, -1, matrix.shape[3]))
+
+
+def _row_statistics(logits: Tensor, allowed: Tensor | None, even: Tensor) -> AttentionStatistics:
+    """Of ``logits`` ``[b, h, n, S]``; entropy over the rows that are ``even`` ``[n]``. The bound comes later."""
+    if allowed is None:
+        row_max, mean = logits.amax(-1), logits.mean(-1)
+        open_rows = torch.ones_like(row_max, dtype=torch.bool)
+    else:
+        allowed = allowed.expand_as(logits)
+        open_rows, count = allowed.any(-1), allowed.sum(-1)
+        mean = logits.masked_fill(~allowed, 0).sum(-1) / count
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        row_max = logits.amax(-1)
+    counted = open_rows & even
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill(~counted, 0)
+    value = row_max.amax((0, 2))
+    return AttentionStatistics(
+        value,
+        value,
+        (row_max - mean).masked_fill(~open_rows, -torch.inf).amax((0, 2)),
+        entropy.sum((0, 2)),
+        counted.sum((0, 2)).float(),
+    )
+
+
+def _join(parts: list[AttentionStatistics]) -> AttentionStatistics:
+    first, *others = parts
+    for part in others:
+        value = torch.maximum(first.max_logit, part.max_logit)
+        first = AttentionStatistics(
+            value,
+            value,
+            torch.maximum(first.logit_range, part.logit_range),
+            first.entropy_sum + part.entropy_sum,
+            first.entropy_rows + part.entropy_rows,
+        )
+    return first
+
+
+def _nothing(heads: int, device: torch.device) -> AttentionStatistics:
+    """Of a call without rows or without keys."""
+    low, zero = torch.full((heads,), -torch.inf, device=device), torch.zeros(heads, device=device)
+    return AttentionStatistics(low, low, low, zero, zero)

@@ -1,0 +1,1 @@
+"""One monitor a family: what is measured, as states that ranks can join."""

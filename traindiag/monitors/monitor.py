@@ -1,0 +1,73 @@
+"""What a monitor is: it turns what happens in a step into states, and reduced states into readings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from traindiag.capture.taps import Tap
+from traindiag.capture.watched import Watched
+from traindiag.record.frame import Reading
+from traindiag.record.signal import Lane, Signal
+from traindiag.transfer.states import Group, Reduced
+
+
+class Monitor(ABC):
+    """Base of all monitors. A monitor measures and never judges.
+
+    The engine calls ``prepare`` once, then in every measured step the events below as they happen, ``collect`` at
+    the end of the step, and ``readings`` one step later with what all ranks made of it. Nothing in an event may
+    wait for the device, draw a random number or keep an activation.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    lane: ClassVar[Lane]
+    signals: tuple[Signal, ...]
+
+    def taps(self) -> Sequence[Tap]:
+        """Where in the forward pass it wants to look."""
+        return ()
+
+    def prepare(self, watched: Watched) -> None:
+        """Called before the first measured step, and again when the optimizers change."""
+
+    def loss(self, optimizer: str, value: Tensor) -> None:
+        """A micro-batch's loss, a detached 0-d tensor, not divided by the accumulation."""
+
+    def gradients(self, optimizer: str, *, applied: bool, scale: Tensor | float | None = None) -> None:
+        """Gradients of ``optimizer`` are complete.
+
+        Args:
+            optimizer: Its name in :class:`Watched`.
+            applied: True where they are seen only as the optimizer uses them, after any clipping.
+            scale: What they are still multiplied by (a loss scale that the optimizer removes itself).
+        """
+
+    def updated(self, optimizer: str) -> None:
+        """``optimizer`` has stepped."""
+
+    @abstractmethod
+    def collect(self) -> Sequence[Group]:
+        """Hands over the states of this step and forgets them."""
+
+    @abstractmethod
+    def readings(self, states: Mapping[str, Reduced]) -> Sequence[Reading]:
+        """Computes signals on the host from reduced states, by group name. Absent groups are left out."""
+
+    def feedback(self, readings: Sequence[Reading]) -> None:
+        """Sees its own reduced readings, the same on all ranks, to plan the next sample."""
+
+    def discard(self) -> None:
+        """Forgets the states of a step that will not be sent."""
+        self.collect()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain, rank-independent data; empty for a monitor that remembers nothing between samples."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was taken."""

@@ -1,0 +1,185 @@
+"""What a run says on the terminal: what is seen, what is wrong, and how it ended."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TextIO
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from traindiag.alerts.alert import Alert
+from traindiag.alerts.text import render
+from traindiag.record.coverage import Coverage
+from traindiag.record.series import Series
+
+_STYLES = {"info": "cyan", "warning": "bold yellow", "critical": "bold red", "closed": "green"}
+_HEADLINES = (
+    "attention/max_logit",
+    "attention/max_logit_bound",
+    "attention/logit_range",
+    "attention/entropy",
+    "gradient/norm",
+    "gradient/norm_applied",
+    "loss/value",
+)
+_PLAIN_WIDTH = 100  # of a log file, where there is no terminal to ask
+_MAX_WIDTH = 120  # longer lines are hard to read
+
+
+class TerminalPanel:
+    """Prints to standard error, above a running progress bar and never through it.
+
+    Args:
+        stream: Where to; by default what ``sys.stderr`` is at that moment.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+
+    def start(self, coverage: Sequence[Coverage], links: Sequence[str] = ()) -> None:
+        """Tells what is watched and, where there is a log, how to open it.
+
+        Args:
+            coverage: What is seen and what is not.
+            links: The command that starts TensorBoard and the link into it.
+        """
+        rows = _rows()
+        seen = [f"{row.family} {_sight(row)}" for row in coverage if row.sight != "unseen"]
+        rows.add_row(Text("traindiag", "bold"), "watches " + ("; ".join(seen) or "nothing"))
+        for row in coverage:
+            if row.sight == "unseen":
+                rows.add_row(Text("not seen", "yellow"), f"{row.family}: {_sight(row)}")
+        if links:
+            command, link = links
+            rows.add_row(Text("to see it", "bold"), command)
+            # The link is too long to read: a terminal shows its beginning, which leads to the same page.
+            rows.add_row("", Text(link.partition("?")[0] + "#timeseries", f"link {link}") if self._colours else link)
+        self._print(rows)
+
+    def alerts(self, alerts: Iterable[Alert]) -> None:
+        """Prints one block an alert."""
+        for alert in alerts:
+            self._print(alert_block(alert, self._console().width))
+
+    def summary(
+        self,
+        history: Mapping[str, Series],
+        alerts: Sequence[Alert],
+        steps: int,
+        overhead: float | None = None,
+    ) -> None:
+        """Prints how a run ended.
+
+        Args:
+            history: Every signal.
+            alerts: Every message of the run.
+            steps: Steps done.
+            overhead: Share of the step time that diagnostics took, where it was measured.
+        """
+        self._print(summary_table(history, alerts, steps, overhead))
+
+    @property
+    def _target(self) -> TextIO:
+        return self._stream or sys.stderr
+
+    @property
+    def _colours(self) -> bool:
+        # While a rich progress bar runs, the stream is a stand-in that prints above the bar.
+        real = getattr(self._target, "rich_proxied_file", self._target)
+        return real.isatty()
+
+    def _console(self) -> Console:
+        console = Console(
+            file=io.StringIO(), force_terminal=self._colours, force_jupyter=False, markup=False, highlight=False
+        )
+        console.width = min(console.width, _MAX_WIDTH) if self._colours else _PLAIN_WIDTH
+        return console
+
+    def _print(self, content: RenderableType) -> None:
+        console = self._console()
+        with console.capture() as written:
+            console.print(content)
+        # Tables fill their lines with blanks, which a log file need not keep.
+        text = "".join(line.rstrip() + "\n" for line in written.get().splitlines())
+        write_above_bars(text, self._target)
+
+
+def write_above_bars(text: str, stream: TextIO) -> None:
+    """Writes ``text`` so that running progress bars stay whole.
+
+    A rich bar replaces the standard streams with ones that print above it; bars of tqdm have to be asked.
+    """
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is not None:
+        tqdm.write(text, file=stream, end="")
+    else:
+        stream.write(text)
+    stream.flush()
+
+
+def alert_block(alert: Alert, width: int) -> Text:
+    """The text of an alert with its severity in colour and its labels held back."""
+    text = Text(render(alert, width))
+    first = text.plain.index("\n") if "\n" in text.plain else len(text.plain)
+    text.stylize("bold", 0, first)
+    text.stylize(_STYLES["closed" if alert.status == "closed" else alert.severity], 0, len(alert.severity))
+    text.highlight_regex(r"(?m)^  \S[^\n]{9}", "dim")
+    return text
+
+
+def summary_table(
+    history: Mapping[str, Series], alerts: Sequence[Alert], steps: int, overhead: float | None
+) -> RenderableType:
+    """Alerts by severity and the worst of every headline signal."""
+    worst = {a.id: a.severity for a in alerts if a.status != "closed"}  # an event once, at its last severity
+    counts = Counter[str](worst.values())
+    told = [
+        Text(f"{counts[s]} {name}{'s' * (counts[s] != 1)}", _STYLES[s])
+        for s, name in (("critical", "critical alert"), ("warning", "warning"), ("info", "note"))
+        if counts[s]
+    ]
+    head = Text.assemble(
+        ("traindiag", "bold"), f"  {steps:,} steps: ", Text(", ").join(told) if told else "no alerts"
+    )
+    if overhead is not None and overhead == overhead:
+        head.append(f"; diagnostics took {overhead:.1%} of the step time")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table.add_column("signal", no_wrap=True)
+    table.add_column("worst", justify="right", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for name in _HEADLINES:
+        extreme = history[name].extreme() if name in history else None
+        if extreme is not None:
+            style = "" if np.isfinite(extreme.value) else _STYLES["critical"]
+            table.add_row(name, Text(_number(extreme.value), style), f"{extreme.step:,}", str(extreme.cell))
+    return Group(head, Padding(table, (0, 0, 0, 2))) if table.row_count else head
+
+
+def _rows() -> Table:
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(no_wrap=True)
+    rows.add_column(overflow="fold")
+    return rows
+
+
+def _sight(row: Coverage) -> str:
+    """How much is seen, such as ``12 exact``, or where nothing is and why."""
+    if row.sight == "unseen":
+        some = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
+        text = ", ".join(some)
+    else:
+        text = f"{len(row.places)} {row.sight}"
+    return text + (f" ({row.reason})" if row.reason else "")
+
+
+def _number(value: float) -> str:
+    digits, _, exponent = f"{value:.4g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits

@@ -1,0 +1,1 @@
+"""Names, numbers, history and log: plain data that needs no torch."""

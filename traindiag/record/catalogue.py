@@ -1,0 +1,136 @@
+"""Every built-in signal, in one table that needs no torch: rules, replay and the docs read it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from traindiag.record.signal import Signal
+
+_PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
+
+SIGNALS: tuple[Signal, ...] = (
+    Signal(
+        "attention/max_logit",
+        ("layer", "head"),
+        "largest attention logit found; a value that occurred",
+        formula="max over observed query rows and unmasked keys of q.k * scale + mask",
+        source=f"{_PROXIES} section 3.1.1",
+    ),
+    Signal(
+        "attention/max_logit_bound",
+        ("layer", "head"),
+        "what the largest attention logit cannot exceed; equal to max_logit when that is exact",
+        formula="log-sum-exp of the rows not observed, or max|q| max|k| |scale| + max mask without it",
+        source="log-sum-exp is never below the maximum; Cauchy-Schwarz",
+    ),
+    Signal(
+        "attention/logit_range",
+        ("layer", "head"),
+        "row maximum less row mean over unmasked keys, the largest observed: what softmax feels",
+        formula="max over observed rows of (max_j z_ij - mean_j z_ij)",
+        positive=True,
+        source=f"{_PROXIES} section 3.1.1; free of shifts that softmax cancels",
+    ),
+    Signal(
+        "attention/entropy",
+        ("layer", "head"),
+        "mean entropy of the attention weights over evenly spaced rows",
+        formula="mean_i -sum_j p_ij log p_ij",
+        unit="nat",
+        worst="min",
+        source="Zhai et al. 2023, arXiv 2303.06296",
+    ),
+    Signal(
+        "attention/query_norm",
+        ("layer", "head"),
+        "root mean square over tokens of the query norm",
+        formula="sqrt(mean_i |q_i|^2)",
+        positive=True,
+        source=f"{_PROXIES} appendix C",
+    ),
+    Signal(
+        "attention/key_norm",
+        ("layer", "head"),
+        "root mean square over tokens of the key norm",
+        formula="sqrt(mean_j |k_j|^2)",
+        positive=True,
+        source=f"{_PROXIES} appendix C",
+    ),
+    Signal(
+        "gradient/norm",
+        ("optimizer",),
+        "global gradient norm before clipping",
+        formula="sqrt(sum over parameters of |g|^2)",
+        lane="fast",
+        clock="fast",
+        positive=True,
+        source="OLMo 2, arXiv 2501.00656 section 3",
+    ),
+    Signal(
+        "gradient/norm_applied",
+        ("optimizer",),
+        "global gradient norm as the optimizer used it, after any clipping",
+        formula="sqrt(sum over parameters of |g|^2)",
+        lane="fast",
+        clock="fast",
+        positive=True,
+        source="what is left where the loop does not show gradients before clipping",
+    ),
+    Signal(
+        "gradient/parameter_norm",
+        ("optimizer", "parameter"),
+        "gradient norm of one parameter before clipping",
+        formula="|g|",
+        lane="fast",
+        clock="fast",
+        positive=True,
+        source="a non-finite entry names the tensor",
+    ),
+    Signal(
+        "loss/value",
+        ("optimizer",),
+        "training loss, mean over micro-batches and ranks",
+        formula="mean loss",
+        lane="fast",
+        clock="fast",
+        source="confirmation, never prediction",
+    ),
+)
+
+BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}
+
+
+def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`` Did you mean 'x' or 'y'?`` for an error message, or nothing.
+
+    Example:
+        >>> near("attention/max_logits", BY_NAME)
+        " Did you mean 'attention/max_logit' or 'attention/max_logit_bound'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)[:2]
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def check_signal(name: str, extra: Iterable[str] = ()) -> None:
+    """Refuses a name that can only be a slip.
+
+    Names of built-in families must exist; any other family is the user's own and may appear later.
+
+    Raises:
+        ValueError: With the nearest names.
+
+    Example:
+        >>> check_signal("attention/max_logit")
+        >>> check_signal("reward/kl")
+    """
+    known = {*BY_NAME, *extra}
+    if name in known:
+        return
+    if "/" not in name or not all(name.split("/", 1)):
+        raise ValueError(f"a signal is named 'family/metric', got {name!r}.{near(name, known)}")
+    family = name.split("/", 1)[0]
+    ours = {n.split("/", 1)[0] for n in BY_NAME}
+    misspelt = family != "logged" and difflib.get_close_matches(name, list(known), n=1, cutoff=0.88)
+    if family in ours or misspelt:
+        raise ValueError(f"there is no signal {name!r}.{near(name, known)}")

@@ -1,0 +1,171 @@
+"""A sudden jump of a positive signal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from traindiag.record.catalogue import check_signal
+from traindiag.record.frame import Frame, Reading
+from traindiag.rules import arguments
+from traindiag.rules.cell_table import CellTable
+from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
+from traindiag.rules.wording import more, number
+
+MIN_SAMPLES = 4
+"""Values of a cell before it is judged."""
+
+JUDGED_BY_SPREAD = 16
+"""Values before the spread is known well enough to judge by; until then the factor decides alone."""
+
+
+class Spike(Rule):
+    """Speaks when a value stands out of its own recent past, on a logarithmic scale.
+
+    A value is a spike when it is ``factor`` times the median of the window or more, and, from 16 values on, ``z``
+    robust standard deviations (1.4826 times the median absolute deviation of the logarithms) above it. The window
+    holds earlier values only. Spikes enter it after they were judged, so a level that stays up for half a window
+    is the new normal. NaN, infinity and values not above zero never enter it and are never judged.
+
+    Args:
+        signal: Name of a signal with positive values.
+        factor: Least ratio to the median.
+        z: Least robust standard score of the logarithm.
+        window: Values of the past to compare with.
+        cooldown: Steps of rest that end the event.
+        where: Glob over a cell's label or any one of its coordinates.
+        severity: Severity of the verdict.
+        otherwise: Signal to judge in runs that have no ``signal``.
+        name: Name of the rule, which must be unique; made of the signal where it is not given.
+
+    Raises:
+        ValueError: If an argument is out of its range or a signal does not exist.
+
+    Example:
+        >>> from traindiag.record.frame import Frame, Reading
+        >>> from traindiag.record.run_info import RunInfo
+        >>> from traindiag.record.signal import Signal
+        >>> rule = Spike("reward/kl")
+        >>> for step, value in enumerate([1.0, 1.2, 0.9, 1.1, 10.0]):
+        ...     reading = Reading.scalar(Signal("reward/kl", (), "KL to the reference"), value)
+        ...     verdicts = rule.update(Frame(step, "fast", {"reward/kl": reading}, RunInfo()))
+        >>> verdicts[0].evidence
+        'reward/kl is 10, 9.53 times the median 1.05 of the last 4 values'
+    """
+
+    def __init__(
+        self,
+        signal: str,
+        *,
+        factor: float = 4.0,
+        z: float = 4.0,
+        window: int = 100,
+        cooldown: int = COOLDOWN,
+        where: str = "*",
+        severity: Severity = "info",
+        otherwise: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        for given in (signal, otherwise):
+            if given is not None:
+                check_signal(given)
+        arguments.above(1.0, factor=factor)
+        arguments.above(0.0, z=z)
+        arguments.at_least(MIN_SAMPLES, window=window)
+        arguments.at_least(0, cooldown=cooldown)
+        arguments.severity(severity)
+        self.signal, self.otherwise = signal, otherwise
+        self.signals = (signal,) if otherwise is None else (signal, otherwise)
+        self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
+        self.where, self.severity = where, severity
+        self.name = name or f"{signal} spike" + ("" if where == "*" else f" at {where}")
+        self._table = CellTable(where, logs=(window, np.nan), active=False)
+        self._next = 0  # row of the window that is overwritten next
+        self._has_signal = False
+
+    def update(self, frame: Frame) -> Sequence[Verdict]:
+        reading = frame.readings.get(self.signal)
+        if reading is not None and not self._has_signal:
+            self._has_signal = True
+            if self._next:  # what was learned from the other signal is of another size
+                self._table, self._next = CellTable(self.where, logs=(self.window, np.nan), active=False), 0
+        if reading is None and self.otherwise is not None and not self._has_signal:
+            reading = frame.readings.get(self.otherwise)
+        if reading is None:
+            return ()
+        table = self._table
+        values, seen = table.align(reading)
+        judged = seen & np.isfinite(values) & (values > 0)
+        if not judged.any():
+            return ()
+        now = np.full(values.shape, np.nan)
+        np.log(values, out=now, where=judged)
+        past, was = table["logs"], table["active"].copy()
+        # A value that is not `factor` times the smallest of its past is no spike: medians are for the few left over.
+        few = np.flatnonzero(now - np.fmin.reduce(past, axis=0) >= np.log(self.factor))
+        median = np.full(values.shape, np.nan)
+        count = np.zeros(values.shape, np.int64)
+        spiking = np.zeros(values.shape, np.bool_)
+        if few.size:
+            count[few] = np.isfinite(past[:, few]).sum(0)
+            median[few] = np.nanmedian(past[:, few], axis=0)
+            spread = 1.4826 * np.nanmedian(np.abs(past[:, few] - median[few]), axis=0)
+            above = now[few] - median[few]
+            clear = (count[few] < JUDGED_BY_SPREAD) | (above >= self.z * spread)
+            spiking[few] = (count[few] >= MIN_SAMPLES) & (above >= np.log(self.factor)) & clear
+        past[self._next % self.window] = now
+        self._next += 1
+        table["active"] = np.where(judged, spiking, was)
+        if table["active"].any():
+            told = np.flatnonzero(spiking)
+            if not told.size:
+                return ()
+            at = int(told[np.argmax(now[told] - median[told])])
+            value, usual, others = float(values[at]), float(np.exp(median[at])), int(told.size) - 1
+            evidence = (
+                f"{reading.signal.name} is {number(value)}, {number(value / usual)} times the median {number(usual)} "
+                f"of the last {count[at]} values{more(others)}"
+            )
+            return (self._verdict(frame, reading, value, at, usual * self.factor, evidence, others),)
+        if not was.any():
+            return ()
+        at = int(np.flatnonzero(was)[0])
+        evidence = f"{reading.signal.name} is back at {number(float(values[at]))}"
+        return (self._verdict(frame, reading, float(values[at]), at, None, evidence, active=False),)
+
+    def _verdict(
+        self,
+        frame: Frame,
+        reading: Reading,
+        value: float,
+        at: int,
+        limit: float | None,
+        evidence: str,
+        others: int = 0,
+        active: bool = True,
+    ) -> Verdict:
+        assert self._table.cells is not None
+        return Verdict(
+            self.name,
+            "spike",
+            reading.signal.name,
+            frame.step,
+            active,
+            self.severity,
+            self._table.cells[at],
+            value,
+            limit,
+            others,
+            rank=self._table.rank(reading, at),
+            evidence=evidence,
+            cooldown=self.cooldown,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self._next, "has_signal": self._has_signal, "table": self._table.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next, self._has_signal = int(state["next"]), bool(state["has_signal"])
+        self._table.load_state_dict(state["table"])

@@ -1,0 +1,233 @@
+"""A limit on a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from traindiag.record.catalogue import check_signal
+from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
+from traindiag.rules import arguments
+from traindiag.rules.cell_table import CellTable
+from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
+from traindiag.rules.wording import more, number
+
+RELEASE = 0.1
+"""Share of a limit that a value must fall back by before the crossing counts as over, so that it does not flap."""
+
+NEAR = 0.5
+"""A first value above this share of the limit is a level that the run brought along: batches differ by about that."""
+
+
+class Threshold(Rule):
+    """Speaks while a signal is beyond a limit.
+
+    A cell begins to fail at its ``persistence``-th crossing in a row and fails until it is back inside the limit by
+    a tenth of it. Samples that do not see a cell leave its count alone. NaN is neither healthy nor a crossing: it
+    leaves the count alone too and is :class:`~traindiag.rules.nonfinite.NonFinite`'s business. ``+inf`` is above
+    every limit and ``-inf`` below every limit; on the other side they count as NaN does.
+
+    Args:
+        signal: Name of the signal.
+        above: Largest healthy value.
+        below: Smallest healthy value.
+        critical_above: Beyond this the severity is critical.
+        critical_below: Likewise.
+        persistence: Consecutive judged samples beyond the limit before it speaks.
+        cooldown: Steps of rest that end the event; a crossing that comes back sooner belongs to it.
+        where: Glob over a cell's label (``blocks.0.attn head 3``) or any one of its coordinates (``blocks.0.*``).
+        severity: Severity of a crossing of ``above`` or ``below``.
+        inherit: For runs that start from trained weights. A cell whose first value is already near or beyond
+            ``above`` keeps that level as its own: it is told as info while it is beyond ``above``, and fails only
+            when it has grown ``growth`` times.
+        growth: See ``inherit``.
+        name: Name of the rule, which must be unique; made of signal and limits where it is not given.
+
+    Raises:
+        ValueError: If there is no limit, a limit does not fit another, or the signal does not exist.
+
+    Example:
+        >>> from traindiag.record.frame import Frame, Reading
+        >>> from traindiag.record.run_info import RunInfo
+        >>> from traindiag.record.signal import Signal
+        >>> rule = Threshold("reward/kl", above=10.0, persistence=2)
+        >>> for step, value in enumerate([3.0, 20.0, 30.0]):
+        ...     reading = Reading.scalar(Signal("reward/kl", (), "KL to the reference"), value)
+        ...     verdicts = rule.update(Frame(step, "fast", {"reward/kl": reading}, RunInfo()))
+        >>> verdicts[0].evidence
+        'reward/kl is 30, above 10, for 2 samples'
+    """
+
+    def __init__(
+        self,
+        signal: str,
+        *,
+        above: float | None = None,
+        below: float | None = None,
+        critical_above: float | None = None,
+        critical_below: float | None = None,
+        persistence: int = 1,
+        cooldown: int = COOLDOWN,
+        where: str = "*",
+        severity: Severity = "warning",
+        inherit: bool = False,
+        growth: float = 10.0,
+        name: str | None = None,
+    ) -> None:
+        check_signal(signal)
+        if above is None and below is None:
+            raise ValueError(f"Threshold({signal!r}) needs a limit: above=, below= or both; got neither")
+        arguments.above(
+            -np.inf, above=above, below=below, critical_above=critical_above, critical_below=critical_below
+        )
+        arguments.at_least(1, persistence=persistence)
+        arguments.at_least(0, cooldown=cooldown)
+        arguments.above(1.0, growth=growth)
+        arguments.severity(severity)
+        if above is not None and below is not None and below >= above:
+            raise ValueError(f"below must be smaller than above, got below={below} and above={above}")
+        if critical_above is not None and (above is None or critical_above <= above):
+            raise ValueError(f"critical_above must lie beyond above, got {critical_above} with above={above}")
+        if critical_below is not None and (below is None or critical_below >= below):
+            raise ValueError(f"critical_below must lie beyond below, got {critical_below} with below={below}")
+        if inherit and (above is None or above <= 0):
+            raise ValueError(f"inherit=True measures growth, which needs above > 0; got above={above}")
+        self.signal, self.signals = signal, (signal,)
+        self.above, self.below = above, below
+        self.critical_above, self.critical_below = critical_above, critical_below
+        self.persistence, self.cooldown = persistence, cooldown
+        self.where, self.severity = where, severity
+        self.inherit, self.growth = inherit, growth
+        sides = [f"{word} {number(at)}" for word, at in (("above", above), ("below", below)) if at is not None]
+        self.name = name or " ".join([signal, *sides, *(() if where == "*" else ("at", where))])
+        # Python floats: numpy compares them as float32, as the values are, so that a logged 0.1 is not above 0.1.
+        self._high, self._low = np.inf if above is None else above, -np.inf if below is None else below
+        self._critical_high = np.inf if critical_above is None else critical_above
+        self._critical_low = -np.inf if critical_below is None else critical_below
+        self._leave_above = np.inf if above is None else above - RELEASE * abs(above)
+        self._leave_below = -np.inf if below is None else below + RELEASE * abs(below)
+        self._table = CellTable(where, count=0, active=False, met=False, held=False, limit=float(self._high))
+        self._open = False
+
+    def update(self, frame: Frame) -> Sequence[Verdict]:
+        reading = frame.readings.get(self.signal)
+        if reading is None:
+            return ()
+        table = self._table
+        values, seen = table.align(reading)
+        if self.inherit:
+            self._keep_inherited(values, seen)
+        limit = table["limit"] if self.inherit else self._high
+        crossing = seen & ((values > limit) | (values < self._low))
+        count, active, held = table["count"], table["active"], table["held"]
+        if not (self._open or crossing.any() or count.any() or (self.inherit and self._over_own(values, seen).any())):
+            return ()
+        judged = seen & (crossing | np.isfinite(values))
+        np.copyto(count, np.where(crossing, count + 1, 0), where=judged)
+        leave_above = table["limit"] * (1 - RELEASE) if self.inherit else self._leave_above
+        active &= ~(judged & (values <= leave_above) & (values >= self._leave_below))
+        active |= crossing & (count >= self.persistence)
+        if self.inherit:
+            held &= ~(judged & (values <= self._leave_above))
+            held |= judged & self._over_own(values, seen)
+        return self._tell(frame, reading, values, judged)
+
+    def _keep_inherited(self, values: FloatArray, seen: BoolArray) -> None:
+        met = self._table["met"]
+        if met.all():
+            return
+        first = seen & ~met & np.isfinite(values)
+        near = first & (values > NEAR * self._high)
+        np.copyto(self._table["limit"], self.growth * values.astype(np.float64), where=near)
+        met |= first
+
+    def _over_own(self, values: FloatArray, seen: BoolArray) -> BoolArray:
+        """Cells whose inherited level is beyond the limit for all others."""
+        over: BoolArray = seen & (self._table["limit"] > self._high) & (values > self._high)
+        return over
+
+    def _tell(self, frame: Frame, reading: Reading, values: FloatArray, judged: BoolArray) -> Sequence[Verdict]:
+        table = self._table
+        failing = table["active"]
+        if not failing.any():
+            failing = table["held"]
+        if not failing.any():
+            if not self._open or not judged.any():
+                return ()
+            self._open = False
+            return (self._verdict(frame, reading, values, self._worst(values, judged), active=False),)
+        self._open = True
+        told = failing & judged
+        if not told.any():  # a sample that saw none of the failing cells says nothing new
+            return ()
+        beyond = (values > np.maximum(table["limit"], self._critical_high)) | (values < self._critical_low)
+        critical = beyond & told & table["active"]
+        at = self._worst(values, critical if critical.any() else told)
+        return (self._verdict(frame, reading, values, at, others=int(told.sum()) - 1, critical=bool(critical[at])),)
+
+    def _is_high(self, value: float) -> bool:
+        """Whether a value is to be held against ``above``."""
+        if self.above is None or self.below is None:
+            return self.above is not None
+        return value > (self.above + self.below) / 2
+
+    def _worst(self, values: FloatArray, among: BoolArray) -> int:
+        at = np.flatnonzero(among)
+        high, low = at[np.argmax(values[at])], at[np.argmin(values[at])]
+        return int(high if self._is_high(float(values[high])) else low)
+
+    def _verdict(
+        self,
+        frame: Frame,
+        reading: Reading,
+        values: FloatArray,
+        at: int,
+        *,
+        active: bool = True,
+        others: int = 0,
+        critical: bool = False,
+    ) -> Verdict:
+        table, value = self._table, float(values[at])
+        assert table.cells is not None
+        high, own = self._is_high(value), float(table["limit"][at])
+        if high:
+            limit = max(own, self._critical_high) if critical else own
+        else:
+            limit = self._critical_low if critical else self._low
+        severity: Severity = "critical" if critical else self.severity
+        if not active:
+            evidence = f"{self.signal} is back inside its limit"
+        elif not table["active"][at]:
+            limit, severity = self._high, "info"
+            evidence = (
+                f"{self.signal} is {number(value)}, above {number(limit)}, and was near or above it when first seen: "
+                f"a level that this run inherited, judged from now on by growth beyond {number(own)}"
+            )
+        else:
+            count = int(table["count"][at])
+            evidence = f"{self.signal} is {number(value)}, {'above' if high else 'below'} {number(limit)}"
+            evidence += f", for {count} samples" * (count > 1) + more(others)
+        return Verdict(
+            self.name,
+            "threshold",
+            self.signal,
+            frame.step,
+            active,
+            severity,
+            table.cells[at],
+            value,
+            limit,
+            others,
+            rank=table.rank(reading, at),
+            evidence=evidence,
+            cooldown=self.cooldown,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"open": self._open, "table": self._table.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._open = bool(state["open"])
+        self._table.load_state_dict(state["table"])

@@ -1,0 +1,33 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+import math
+
+
+def number(value: float) -> str:
+    """Three or four figures: plain where that is short, a power of ten where it is not.
+
+    Example:
+        >>> [number(x) for x in (1234.4, 12345.0, 1e4, 0.01234, 3.0, -2.5e-7, float("nan"))]
+        ['1234', '1.23e4', '1e4', '0.0123', '3', '-2.5e-7', 'nan']
+    """
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.0f}"
+    size = abs(value)
+    if 1000 <= size < 9999.5 and float(f"{size:.3g}") != size:
+        return f"{value:.0f}"
+    if 1e-3 <= size < 1000:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def more(others: int) -> str:
+    """``, and 4 more cells`` for the end of a sentence, or nothing.
+
+    Example:
+        >>> more(1), more(0)
+        (', and 1 more cell', '')
+    """
+    return f", and {others} more cell{'s' * (others > 1)}" if others else ""

@@ -1,0 +1,236 @@
+"""One lane to the host: pack, reduce, copy without waiting, read one step later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from traindiag.transfer.keys import UNSEEN, decode, encode
+from traindiag.transfer.layout import Layout, Slot, negotiate
+from traindiag.transfer.ranks import rank, world_size
+from traindiag.transfer.states import Group, Reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What all ranks measured at one step; identical on every rank.
+
+    Args:
+        step: The step that was measured.
+        header: Header numbers, each summed over ranks.
+        states: Reduced states by group key.
+    """
+
+    step: int
+    header: Mapping[str, float]
+    states: Mapping[str, Reduced]
+
+
+class Lane:
+    """Sends the states of a step and delivers their reduction when asked one step later.
+
+    Every message has the length of the frozen layout, so ranks can never disagree about a collective: a cell that a
+    rank lacks is sent as the identity, a cell that the layout lacks is counted in the header and held back. When the
+    header tells that any rank held something back, all ranks agree on a wider layout and send that step again, so
+    nothing is lost. Both happen on the same step everywhere because both follow from reduced numbers only.
+
+    Args:
+        device: Where states live.
+        header: Names of the header numbers, the same on every rank.
+        sums_only: Promise that no group has maxima; saves their collective.
+    """
+
+    def __init__(self, device: torch.device, header: Sequence[str] = (), *, sums_only: bool = False) -> None:
+        self.device = device
+        self.header = ("held_back", *header)
+        self.layout: dict[str, Slot] | None = None
+        self._sums_only = sums_only
+        self._indices: dict[tuple[str, str], Tensor] = {}
+        self._sent: _Sent | None = None
+        # Metal has no float64; counts above 2^24 lose their last digits there
+        self._float = torch.float32 if device.type == "mps" else torch.float64
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step waits to be received."""
+        return self._sent is not None
+
+    def send(self, step: int, groups: Mapping[str, Group], header: Mapping[str, float]) -> None:
+        """Starts the reduction of one step. Returns at once except when the layout has to be agreed on."""
+        if self._sent is not None:
+            raise RuntimeError(f"step {self._sent.step} must be received before step {step} is sent")
+        if self.layout is None:
+            self._agree(groups)
+        self._sent = self._launch(step, groups, header)
+
+    def receive(self, patience: float | None = None) -> Delivery | None:
+        """The step that was sent last, or None where there is none.
+
+        Args:
+            patience: Seconds to wait for other ranks. After an exception they may never answer: what has not come by
+                then is given up, and no new collective is started. None waits as long as the process group does.
+        """
+        sent, self._sent = self._sent, None
+        if sent is None or (patience is not None and not sent.arrives_within(patience)):
+            return None
+        sums, keys = sent.wait()
+        if sums[0] > 0:  # some rank held cells back: the layout grows and the step goes out again
+            if patience is not None and world_size() > 1:
+                return None
+            self._agree(sent.groups)
+            sums, keys = self._launch(sent.step, sent.groups, sent.header).wait()
+        header = dict(zip(self.header, sums[: len(self.header)].tolist()))
+        return Delivery(sent.step, header, self._unpack(sums[len(self.header) :], keys))
+
+    def _agree(self, groups: Mapping[str, Group]) -> None:
+        self.layout = negotiate(self.layout or {}, groups, world_size())
+        self._indices.clear()
+
+    def _launch(self, step: int, groups: Mapping[str, Group], header: Mapping[str, float]) -> _Sent:
+        layout = self.layout or {}
+        held_back = sum(1 for key, group in groups.items() if key not in layout or not layout[key].covers(group))
+        head = torch.tensor([held_back, *(header.get(h, 0.0) for h in self.header[1:])], dtype=self._float)
+        sums = torch.cat([head.to(self.device, non_blocking=True), *self._sum_parts(layout, groups)])
+        keys = None
+        if not self._sums_only:
+            parts = list(self._key_parts(layout, groups, rank()))
+            keys = torch.cat(parts) if parts else None
+        return _Sent(step, groups, header, sums, keys)
+
+    def _sum_parts(self, layout: Layout, groups: Mapping[str, Group]) -> Iterable[Tensor]:
+        for key, slot in layout.items():
+            group = groups.get(key)
+            n = len(slot.cells)
+            if group is None or not slot.covers(group):
+                yield torch.zeros(n * (1 + len(slot.sums)), dtype=self._float, device=self.device)
+                continue
+            index = self._index(key, slot, group)
+            if index is None:
+                yield torch.ones(n, dtype=self._float, device=self.device)
+                yield from (self._wide(group.sums[name]) for name in slot.sums)
+                continue
+            block = torch.zeros(1 + len(slot.sums), n, dtype=self._float, device=self.device)
+            block[0, index] = 1
+            for row, name in enumerate(slot.sums, start=1):
+                block[row, index] = self._wide(group.sums[name])
+            yield block.flatten()
+
+    def _key_parts(self, layout: Layout, groups: Mapping[str, Group], sender: int) -> Iterable[Tensor]:
+        for key, slot in layout.items():
+            if not slot.maxima:
+                continue
+            n = len(slot.cells)
+            group = groups.get(key)
+            if group is None or not slot.covers(group):
+                yield torch.full((n * len(slot.maxima),), UNSEEN, dtype=torch.int64, device=self.device)
+                continue
+            index = self._index(key, slot, group)
+            states = [group.maxima[name].to(self.device, torch.float32) for name in slot.maxima]
+            values = encode(torch.stack(states), sender)
+            if index is None:
+                yield values.flatten()
+                continue
+            block = torch.full((len(slot.maxima), n), UNSEEN, dtype=torch.int64, device=self.device)
+            block[:, index] = values
+            yield block.flatten()
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self._float, non_blocking=True)
+
+    def _index(self, key: str, slot: Slot, group: Group) -> Tensor | None:
+        """Places of the group's cells in the slot; None when they are the slot's own cells."""
+        if group.cells is slot.cells or group.cells.digest == slot.cells.digest:
+            return None
+        cached = self._indices.get((key, group.cells.digest))
+        if cached is None:
+            places = [slot.cells.position[c] for c in group.cells.coordinates]
+            cached = self._indices[key, group.cells.digest] = torch.tensor(places, device=self.device)
+        return cached
+
+    def _unpack(self, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[str, Reduced]:
+        states: dict[str, Reduced] = {}
+        at, key_at = 0, 0
+        for key, slot in (self.layout or {}).items():
+            n = len(slot.cells)
+            rows = sums[at : at + n * (1 + len(slot.sums))].reshape(1 + len(slot.sums), n)
+            at += rows.size
+            maxima: dict[str, NDArray[np.float32]] = {}
+            ranks: dict[str, NDArray[np.int64]] = {}
+            for name in slot.maxima:
+                assert keys is not None
+                maxima[name], ranks[name] = decode(keys[key_at : key_at + n])
+                key_at += n
+            seen = rows[0] > 0
+            if seen.any():
+                named = dict(zip(slot.sums, rows[1:]))
+                states[key] = Reduced(slot.cells, seen, named, maxima, ranks)
+        return states
+
+
+class _Sent:
+    """A message under way. Keeps its groups, in case they must be sent again under a wider layout."""
+
+    def __init__(
+        self,
+        step: int,
+        groups: Mapping[str, Group],
+        header: Mapping[str, float],
+        sums: Tensor,
+        keys: Tensor | None,
+    ) -> None:
+        self.step, self.groups, self.header = step, groups, header
+        self._sums = _Transfer(sums, maximum=False)
+        self._keys = None if keys is None else _Transfer(keys, maximum=True)
+
+    def arrives_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not (self._sums.done() and (self._keys is None or self._keys.done())):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def wait(self) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
+        sums = self._sums.wait().astype(np.float64, copy=False)
+        return sums, None if self._keys is None else self._keys.wait()
+
+
+class _Transfer:
+    """One collective and one copy, both without a host wait until :meth:`wait`."""
+
+    def __init__(self, tensor: Tensor, *, maximum: bool) -> None:
+        self._work: dist.Work | None = None
+        self._tensor = tensor
+        self._event: torch.cuda.Event | None = None
+        if world_size() > 1:
+            self._work = dist.all_reduce(
+                tensor, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, async_op=True
+            )
+        if tensor.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # on CUDA this orders streams and does not stop the host
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def done(self) -> bool:
+        if self._event is not None:
+            return self._event.query()
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> NDArray[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        elif self._work is not None:
+            self._work.wait()
+        return self._tensor.detach().cpu().numpy()
+
