@@ -17,8 +17,8 @@ from traindiag.demo.run import HEALTHY_LR, Settings, train
 
 SEEDS = (0, 1, 2, 3, 4)
 WINDOW = 11
-MARGIN = 0.1
-"""Nats. A healthy seed left out of the band exceeds the other four by up to about this much."""
+MARGIN = 0.12
+"""Nats. A healthy seed left out of the band rises above the other four by up to 0.112 at some step."""
 
 
 def left_out(curves: np.ndarray) -> list[float]:

@@ -21,16 +21,24 @@ def test_burst_samples_every_step_for_a_while_and_then_rests() -> None:
 
 def test_backs_off_above_the_budget_and_relaxes_below_a_quarter_of_it() -> None:
     schedule = Schedule(10, max_overhead=0.02)
-    assert schedule.account(0.03) and schedule.cadence == 20
-    assert not schedule.account(0.01) and schedule.cadence == 20
-    assert schedule.account(0.004) and schedule.cadence == 10
-    assert not schedule.account(math.nan)
-    assert not Schedule(10, None).account(5.0)
+    assert schedule.account(0.0, 0.03) and schedule.cadence == 20
+    assert not schedule.account(0.0, 0.01) and schedule.cadence == 20
+    assert schedule.account(0.0, 0.004) and schedule.cadence == 10
+    assert not schedule.account(math.nan, math.nan)
+    assert not Schedule(10, None).account(5.0, 5.0)
+
+
+def test_an_expensive_fast_lane_does_not_stop_sampling() -> None:
+    schedule = Schedule(10, max_overhead=0.02)
+    slow = 0.04
+    while schedule.account(0.5, slow):
+        slow /= 2  # what doubling the cadence does to it
+    assert schedule.cadence == 80  # 0.005, a quarter of the budget
 
 
 def test_resumes_in_the_middle_of_a_burst() -> None:
     schedule = Schedule(10, 0.02)
-    schedule.account(1.0)
+    schedule.account(0.0, 1.0)
     schedule.open_burst(33)
     resumed = Schedule(10, 0.02)
     resumed.load_state_dict(schedule.state_dict())

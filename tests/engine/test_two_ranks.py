@@ -157,7 +157,7 @@ def test_fault_on_one_rank_and_a_cell_of_one_rank_hang_nothing() -> None:
     for result in (first, second):
         assert sum("'fragile' is switched off" in w for w in result["warnings"]) == 1
     assert "ZeroDivisionError: injected" in " ".join(second["warnings"])
-    bad = [a for a in first["alerts"] if a["rule"] == "non-finite" and a["status"] == "opened"]
+    bad = [a for a in first["alerts"] if a["rule"] == "nonfinite" and a["status"] == "opened"]
     assert [a["step"] for a in bad] == [5]
 
 

@@ -45,19 +45,19 @@ class Told(Callback):
 @pytest.mark.parametrize("step", [0, 1, 9, 10, 17, 43])
 def test_nan_is_told_with_the_first_tensor(step: int) -> None:
     diagnostics = TrainingDiagnostics(terminal=False)
-    told = Told(diagnostics, "non-finite")
+    told = Told(diagnostics, "nonfinite")
     fit([Inject(step, "nan"), diagnostics, told], steps=STEPS)
-    alert = next(a for a in diagnostics.alerts if a.rule == "non-finite")
+    alert = next(a for a in diagnostics.alerts if a.rule == "nonfinite")
     assert alert.step == step and alert.severity == "critical"
     assert "model.net.blocks.1.mlp.0.weight" in alert.where + alert.evidence
     assert told.at is not None and told.at <= step + 2
-    assert sum(a.rule == "non-finite" and a.status == "opened" for a in diagnostics.alerts) == 1
+    assert sum(a.rule == "nonfinite" and a.status == "opened" for a in diagnostics.alerts) == 1
 
 
 @pytest.mark.parametrize("step", [5, 9, 10, 17, 43])
 def test_tenfold_gradient_is_told(step: int) -> None:
     diagnostics = TrainingDiagnostics(terminal=False)
-    told = Told(diagnostics, "gradient/norm-jump")
+    told = Told(diagnostics, "gradient/norm-spike")
     fit([Inject(step, "tenfold"), diagnostics, told], steps=STEPS)
     assert told.at is not None and step < told.at <= step + 2
 
@@ -65,7 +65,7 @@ def test_tenfold_gradient_is_told(step: int) -> None:
 def test_nan_in_the_last_step_is_told_at_exit() -> None:
     diagnostics = TrainingDiagnostics(terminal=False)
     fit([Inject(STEPS - 1, "nan"), diagnostics], steps=STEPS)
-    assert any(a.rule == "non-finite" and a.step == STEPS - 1 for a in diagnostics.alerts)
+    assert any(a.rule == "nonfinite" and a.step == STEPS - 1 for a in diagnostics.alerts)
 
 
 def test_nan_loss_before_an_exception_is_told() -> None:
@@ -77,7 +77,7 @@ def test_nan_loss_before_an_exception_is_told() -> None:
     diagnostics = TrainingDiagnostics(terminal=False)
     with pytest.raises(FloatingPointError):
         fit([Inject(3, "nan"), diagnostics, Raise()], steps=6)
-    assert any(a.rule == "non-finite" and a.step == 3 for a in diagnostics.alerts)
+    assert any(a.rule == "nonfinite" and a.step == 3 for a in diagnostics.alerts)
 
 
 def test_quiet_without_a_fault() -> None:

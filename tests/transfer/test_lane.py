@@ -11,6 +11,7 @@ from traindiag.transfer.lane import Delivery, Lane
 from traindiag.transfer.states import Group
 
 CPU = torch.device("cpu")
+M = ("monitor", "group")
 
 
 def group(names: list[str], total: list[float], peak: list[float]) -> Group:
@@ -19,7 +20,7 @@ def group(names: list[str], total: list[float], peak: list[float]) -> Group:
 
 
 def by_cell(delivery: Delivery) -> dict[str, tuple[float, float, int]]:
-    reduced = delivery.states["m"]
+    reduced = delivery.states[M]
     return {
         str(c[0]): (float(reduced.sums["total"][i]), float(reduced.maxima["peak"][i]), int(reduced.ranks["peak"][i]))
         for i, c in enumerate(reduced.cells.coordinates)
@@ -29,7 +30,7 @@ def by_cell(delivery: Delivery) -> dict[str, tuple[float, float, int]]:
 
 def test_one_process_gets_back_what_it_sent() -> None:
     lane = Lane(CPU, ["cost"])
-    lane.send(7, {"m": group(["a", "b"], [1.5, math.nan], [-2.0, math.nan])}, {"cost": 0.25})
+    lane.send(7, {M: group(["a", "b"], [1.5, math.nan], [-2.0, math.nan])}, {"cost": 0.25})
     delivery = lane.receive()
     assert delivery is not None and delivery.step == 7 and delivery.header["cost"] == 0.25
     got = by_cell(delivery)
@@ -40,19 +41,19 @@ def test_one_process_gets_back_what_it_sent() -> None:
 
 def test_absent_is_not_nan() -> None:
     lane = Lane(CPU)
-    lane.send(0, {"m": group(["a", "b"], [1, 2], [1, 2])}, {})
+    lane.send(0, {M: group(["a", "b"], [1, 2], [1, 2])}, {})
     lane.receive()
-    lane.send(1, {"m": group(["b"], [math.nan], [math.nan])}, {})
+    lane.send(1, {M: group(["b"], [math.nan], [math.nan])}, {})
     delivery = lane.receive()
     assert delivery is not None
-    assert delivery.states["m"].seen.tolist() == [False, True]
+    assert delivery.states[M].seen.tolist() == [False, True]
 
 
 def test_a_new_cell_is_not_lost() -> None:
     lane = Lane(CPU)
-    lane.send(0, {"m": group(["a"], [1], [1])}, {})
+    lane.send(0, {M: group(["a"], [1], [1])}, {})
     lane.receive()
-    lane.send(1, {"m": group(["a", "new"], [2, 3], [2, 3])}, {})
+    lane.send(1, {M: group(["a", "new"], [2, 3], [2, 3])}, {})
     delivery = lane.receive()
     assert delivery is not None
     assert by_cell(delivery) == {"a": (2, 2, 0), "new": (3, 3, 0)}
@@ -62,9 +63,9 @@ def test_counts_beyond_float32_stay_exact() -> None:
     lane = Lane(CPU)
     cells = Cells.single()
     count = torch.tensor([2.0**24 + 1], dtype=torch.float64)
-    lane.send(0, {"m": Group("g", cells, {"count": count})}, {})
+    lane.send(0, {M: Group("g", cells, {"count": count})}, {})
     delivery = lane.receive()
-    assert delivery is not None and delivery.states["m"].sums["count"][0] == 2**24 + 1
+    assert delivery is not None and delivery.states[M].sums["count"][0] == 2**24 + 1
 
 
 def _exchange(rank: int, steps: list[list[tuple[list[str], list[float]]]]) -> list[dict[str, tuple[float, float, int]]]:
@@ -72,10 +73,10 @@ def _exchange(rank: int, steps: list[list[tuple[list[str], list[float]]]]) -> li
     results = []
     for step, per_rank in enumerate(steps):
         names, values = per_rank[rank]
-        lane.send(step, {"m": group(names, values, values)} if names else {}, {})
+        lane.send(step, {M: group(names, values, values)} if names else {}, {})
         delivery = lane.receive()
         assert delivery is not None and delivery.step == step
-        results.append(by_cell(delivery) if "m" in delivery.states else {})
+        results.append(by_cell(delivery) if M in delivery.states else {})
     return results
 
 

@@ -7,7 +7,7 @@ import re
 import textwrap
 
 from traindiag.alerts.alert import Alert, Span
-from traindiag.rules.wording import number
+from traindiag.rules.wording import number, steps
 
 _UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("d", 86400.0))
 
@@ -29,6 +29,8 @@ def duration(seconds: float) -> str:
         return f"{round(seconds)} s"
     small, part = _UNITS[at - 1]
     parts = round(seconds / part)
+    if at + 1 < len(_UNITS) and parts * part >= _UNITS[at + 1][1]:  # 23 h 59.9 min
+        return duration(parts * part)
     whole, rest = divmod(parts, round(size / part))
     return f"{whole} {name}" + (f" {rest} {small}" if rest else "")
 
@@ -41,18 +43,18 @@ def render(alert: Alert, width: int = 100) -> str:
         ...     "", 30.0, 10.0, "forecast", (60.0, 80.0, 110.0), (10440.0, 13800.0, 19440.0), title="KL grows")
         >>> print(render(alert))
         WARNING  KL grows
-          step      120 (kl)
-          value     reward/kl 30, limit 10
-          crosses   in 80 steps (60-110), 3 h 50 min (2.9-5.4 h)
+          step       120 (kl)
+          value      reward/kl 30, limit 10
+          crosses    in 80 steps (60-110), 3 h 50 min (2.9-5.4 h)
     """
     status = "" if alert.status == "opened" else f" ({alert.status})"
     lines = _wrapped(f"{alert.severity.upper()}{status}  ", alert.title or alert.rule, width)
     for name, text in _facts(alert):
-        lines += _wrapped(f"  {name:<10}", text, width)
+        lines += _wrapped(f"  {name:<11}", text, width)
     for i, remedy in enumerate(alert.remedies):
         source = f" [{remedy.source}]" if remedy.source else ""
         lines += _wrapped(
-            f"  {'what to do' if i == 0 else '':<10}- ", f"{remedy.text} ({remedy.when}){source}", width
+            f"  {'what to do' if i == 0 else '':<11}- ", f"{remedy.text} ({remedy.when}){source}", width
         )
     return "\n".join(lines)
 
@@ -128,7 +130,7 @@ def _crossing(alert: Alert) -> str:
     low, mid, high = alert.steps_to_limit
     if mid <= 0:
         return "now"
-    text = f"in {number(mid)} steps ({number(low)}-{number(high)})"
+    text = f"in {steps(mid)} steps ({steps(low)}-{steps(high)})"
     return text if alert.time_to_limit is None else f"{text}, {_times(alert.time_to_limit)}"
 
 

@@ -149,9 +149,7 @@ def _eager(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Atte
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     if not isinstance(scores, Tensor) or scores.ndim < 3 or dim not in (-1, scores.ndim - 1):
         return None
-    product = next(
-        (p for p in site.products if p.numel == scores.numel() and p.columns == scores.shape[-1]), None
-    )
+    product = next((p for p in site.products if p.numel == scores.numel() and p.columns == scores.shape[-1]), None)
     if product is None or not torch_private.is_plain(scores):
         return None
     site.products.clear()
@@ -160,8 +158,9 @@ def _eager(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Atte
     scores = _unfold(scores.detach(), folded)
     query, key = product.query, product.key
     if query is not None and key is not None:
-        query, key = (_unfold(t, folded) if t.ndim == 3 else t for t in (query, key))
         heads = scores.shape[-3] if scores.ndim > 3 else 1
+        if query.ndim == 3 and scores.ndim == 4:
+            query, key = (t.reshape(len(scores), -1, *t.shape[1:]) for t in (query, key))
         fits = query.ndim == scores.ndim and key.ndim == scores.ndim and query.shape[-3] == heads
         if not fits or heads % key.shape[-3]:
             query = key = None
@@ -179,13 +178,15 @@ def _remember(
 ) -> None:
     if output.ndim < 3 or not torch_private.is_plain(output):
         return
+    operands = [*(args[1:] if function in _ADDING_PRODUCT or function is _EINSUM else args), *kwargs.values()]
     if function is _EINSUM:
-        pair = _einsum_pair(args)
-    else:
-        left, right = [*(args[1:] if function in _ADDING_PRODUCT else args), *kwargs.values()][:2]
-        if not (_is_activation(left) and _is_activation(right)):
+        operands = list(operands[0]) if isinstance(operands[0], (list, tuple)) else operands
+        if len(operands) != 2:
             return
-        pair = left, right.transpose(-1, -2)
+    left, right = operands[:2]
+    if not (_is_activation(left) and _is_activation(right)):
+        return
+    pair = _einsum_pair(args[0], left, right) if function is _EINSUM else (left, right.transpose(-1, -2))
     if site.skip_product:
         site.skip_product = False
         return
@@ -198,19 +199,19 @@ def _remember(
 
 def _is_activation(x: object) -> bool:
     """Not a weight nor a view of one: a router multiplies tokens with a weight, attention tokens with tokens."""
-    return isinstance(x, Tensor) and x.ndim >= 3 and not isinstance(x, nn.Parameter) and not isinstance(
-        x._base, nn.Parameter
+    return (
+        isinstance(x, Tensor)
+        and x.ndim >= 3
+        and not isinstance(x, nn.Parameter)
+        and not isinstance(x._base, nn.Parameter)
     )
 
 
-def _einsum_pair(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-    """Query and key as ``[..., rows, size]``, where the equation is one product of two batches of matrices."""
-    equation, operands = args[0], args[1:]
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "." in equation or "->" not in equation:
+def _einsum_pair(equation: str, *operands: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Query and key as ``[..., rows, size]``, where the equation is a product of two batches of matrices."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    if "." in equation or len(out) < 3:
         return None
-    inputs, out = equation.replace(" ", "").split("->")
     letters = inputs.split(",")
     which = 0 if out[-1] in letters[0] else 1
     key, query = operands[which], operands[1 - which]

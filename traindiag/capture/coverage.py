@@ -29,7 +29,7 @@ def hidden_attention(module: nn.Module) -> str | None:
 
 def looks_like_attention(module: nn.Module) -> bool:
     """By class name, or by a number of heads of its own."""
-    name = type(module).__name__.lower()
+    name = str(module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__).lower()
     return "attention" in name or "attn" in name or isinstance(vars(module).get("num_heads"), int)
 
 

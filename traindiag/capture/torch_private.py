@@ -66,9 +66,9 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """``torch.compile(module)``, ``module.compile()``, or a compiled method or function kept on the module."""
-    if module._compiled_call_impl is not None:
+    if getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    made = [*vars(module).values(), type(module).forward]
+    made = [*vars(module).values(), getattr(type(module), "forward", None)]
     return any("_torchdynamo_orig_callable" in getattr(f, "__dict__", ()) for f in made if callable(f))
 
 

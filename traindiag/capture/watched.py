@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -26,6 +26,24 @@ class Watched:
     optimizers: Mapping[str, Optimizer]
     frozen: Mapping[str, nn.Parameter]
     roots: tuple[nn.Module, ...] = ()
+
+    def in_order(self, called: Sequence[str]) -> Watched:
+        """The same with parameters in the order in which their modules were first called.
+
+        Args:
+            called: Names of modules in that order. A parameter whose module was never called by itself stays behind
+                the one that it follows in the model.
+        """
+        place = {name: i for i, name in enumerate(called)}
+
+        def ordered(parameters: Sequence[tuple[str, nn.Parameter]]) -> tuple[tuple[str, nn.Parameter], ...]:
+            keys, key = [], -1
+            for name, _ in parameters:
+                key = place.get(name.rpartition(".")[0], key)
+                keys.append(key)
+            return tuple(parameters[i] for i in sorted(range(len(keys)), key=keys.__getitem__))
+
+        return replace(self, parameters={name: ordered(ps) for name, ps in self.parameters.items()})
 
     def name_of(self, module: nn.Module) -> str | None:
         """Name of a watched module, None for any other."""

@@ -172,12 +172,7 @@ class Capture:
             self._set_mode()
 
     def _looks_away(self) -> bool:
-        return (
-            not self._open
-            or self._paused
-            or threading.get_ident() != self._thread
-            or torch_private.in_backward()
-        )
+        return not self._open or self._paused or threading.get_ident() != self._thread or torch_private.in_backward()
 
     def _set_mode(self) -> None:
         top = self._stack[-1] if self._stack else None

@@ -34,6 +34,9 @@ VALIDATION_WINDOWS = 256
 _VALIDATION_SEED = 12345  # the same windows whatever the run's seed: validation losses of runs can be compared
 
 
+_NOTES = (".*does not have many workers", ".*smaller than the logging interval", ".*treespec, LeafSpec")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a run of the demo is made of.
@@ -127,6 +130,17 @@ class ByteModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class _Bar(RichProgressBar):
+    """Room on a narrow terminal for the loss: the folder's number is told at the end."""
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
 def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path | None = None) -> Outcome:
     """Trains one model; the numbers are the same with any callbacks that only watch.
 
@@ -150,7 +164,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
             num_sanity_val_steps=0,
             log_every_n_steps=10,
             logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [RichProgressBar(leave=True)])],
+            callbacks=[*callbacks, *([] if log_root is None else [_Bar(leave=True)])],
             enable_progress_bar=log_root is not None,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -169,14 +183,14 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's notes on devices and workers are right, and would stand between the reader and the story."""
+    """Lightning's notes on devices, workers and short runs are right, and would hide the story."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own use of torch
+            for note in _NOTES:
+                warnings.filterwarnings("ignore", message=note)
             yield
     finally:
         logger.setLevel(level)

@@ -27,6 +27,7 @@ from traindiag.engine.outlet import Outlet
 from traindiag.engine.run_facts import run_facts, with_attention
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.settings import Settings
+from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
@@ -116,6 +117,7 @@ class Diagnostics:
         self._in_step = False
         self._sampling = False
         self._told_coverage = False
+        self._ordered = False
         self._refused_loss = False
         self._steps_end_with_updates = False
         self.measures_applied_gradients = True
@@ -139,8 +141,9 @@ class Diagnostics:
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
-        """What is seen of attention and what is not, with reasons; empty for a model that has none."""
-        return self._capture.coverage()
+        """What is seen and what is not, family by family, with reasons."""
+        looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
+        return coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
 
     @property
     def overhead(self) -> float:
@@ -259,6 +262,7 @@ class Diagnostics:
             scale: What they are still multiplied by.
         """
         with self._meter.own():
+            self._follow_forward_order()
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
                 for lane in self._measuring():
@@ -362,6 +366,18 @@ class Diagnostics:
             self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))
         self._armed = True
 
+    def _follow_forward_order(self) -> None:
+        """Once the first sample has shown it, parameters stand in the order in which the forward pass meets them.
+
+        The first non-finite gradient in that order is then the one to look at.
+        """
+        if self._ordered or not self._capture.forward_order:
+            return
+        self._ordered = True
+        self.watched = self.watched.in_order(self._capture.forward_order)
+        for lane in self._lanes():
+            lane.each(lambda m: m.prepare(self.watched), "prepare")
+
     def _live_on_hooks(self) -> None:
         self._steps_end_with_updates = True
 
@@ -430,29 +446,31 @@ class Diagnostics:
             learning_rates=dict(self._learning_rates),
             seconds_per_step=self._meter.seconds_per_step,
         )
-        cost = self._meter.recent_share(self._schedule.cadence)
+        costs = self._meter.recent_shares(self._schedule.cadence)
         for lane in self._measuring():
-            lane.send(self.step_count, facts, cost)
+            lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None) -> None:
         for lane in self._lanes():
             received = lane.receive(self.run, self.segment, patience)
             if received is None:
                 continue
-            frame, cost = received
+            frame, costs = received
             if lane is self._slow:
-                frame = self._after_sample(frame, cost)
+                frame = self._after_sample(frame, *costs)
             alerts = self._judge.hear(frame)
             if any(a.status == "opened" for a in alerts):
                 # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
                 self._schedule.open_burst(frame.step + 2)
             self._outlet.frame(frame, alerts)
 
-    def _after_sample(self, frame: Frame, cost: float) -> Frame:
-        if self._schedule.account(cost):
+    def _after_sample(self, frame: Frame, fast_cost: float, slow_cost: float) -> Frame:
+        before = self._schedule.cadence
+        if self._schedule.account(fast_cost, slow_cost):
+            self._meter.forget_samples()
             self._outlet.say(
-                f"diagnostics take {cost:.1%} of the step time; attention is sampled every "
-                f"{self._schedule.cadence} steps now"
+                f"sampling every {self._schedule.cadence} steps now, no longer every {before}: samples took "
+                f"{slow_cost:.1%} of the step time, all the rest {fast_cost:.1%}"
             )
         if self._told_coverage:
             return frame

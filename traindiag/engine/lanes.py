@@ -16,7 +16,7 @@ from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Lane as LaneName
 from traindiag.transfer.lane import Delivery, Lane
 from traindiag.transfer.ranks import rank, world_size
-from traindiag.transfer.states import Group, Reduced
+from traindiag.transfer.states import Group, Key, Reduced
 
 
 class MonitorFault(RuntimeError):
@@ -48,7 +48,7 @@ class MonitorLane:
         self._faults: dict[str, str] = {}
         self._facts: dict[int, StepFacts] = {}
         faults = [f"fault:{n}" for n in self.monitors]
-        self._lane = Lane(device, ["cost", *faults], sums_only=name == "fast")
+        self._lane = Lane(device, ["fast_cost", "slow_cost", *faults], sums_only=name == "fast")
 
     def each(self, event: Callable[[Monitor], None], what: str) -> None:
         """Tells every working monitor of an event."""
@@ -73,25 +73,29 @@ class MonitorLane:
                 raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
             self._faults.setdefault(monitor.name, f"failed in {what} on rank {rank()}: {cause}")
 
-    def send(self, step: int, facts: StepFacts, cost: float) -> None:
-        """Starts the reduction of what the monitors hold."""
-        groups: dict[str, Group] = {}
+    def send(self, step: int, facts: StepFacts, costs: tuple[float, float]) -> None:
+        """Starts the reduction of what the monitors hold; ``costs`` are this rank's, of the two lanes."""
+        groups: dict[Key, Group] = {}
         for monitor in self.working():
             with self.contained(monitor, "collect"):
-                groups.update({f"{monitor.name}/{g.name}": g for g in monitor.collect()})
+                groups.update({(monitor.name, g.name): g for g in monitor.collect()})
         header = {f"fault:{name}": 1.0 for name in self._faults}
         self._facts[step] = facts
-        self._lane.send(step, groups, {"cost": cost, **header})
+        self._lane.send(step, groups, {"fast_cost": costs[0], "slow_cost": costs[1], **header})
 
     def receive(
         self, run: RunInfo, segment: int, patience: float | None = None
-    ) -> tuple[Frame, float] | None:
-        """The frame of the step sent last, with the ranks' mean cost; None where none is under way."""
+    ) -> tuple[Frame, tuple[float, float]] | None:
+        """The frame of the step sent last, with the ranks' mean costs; None where none is under way."""
         delivery = self._lane.receive(patience)
         if delivery is None:
             return None
         self._switch_off(delivery)
-        readings = {r.signal.name: r for m in self.working() for r in self._readings(m, delivery)}
+        by_monitor: dict[str, dict[str, Reduced]] = {}
+        for (monitor, group), reduced in delivery.states.items():
+            by_monitor.setdefault(monitor, {})[group] = reduced
+        working = [m for m in self.working() if m.name in by_monitor]
+        readings = {r.signal.name: r for m in working for r in self._readings(m, by_monitor[m.name])}
         facts = self._facts.pop(delivery.step)
         self._facts.clear()
         frame = Frame(
@@ -105,13 +109,10 @@ class MonitorLane:
             learning_rates=facts.learning_rates,
             segment=segment,
         )
-        return frame, delivery.header["cost"] / world_size()
+        ranks = world_size()
+        return frame, (delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks)
 
-    def _readings(self, monitor: Monitor, delivery: Delivery) -> Sequence[Reading]:
-        prefix = f"{monitor.name}/"
-        states: dict[str, Reduced] = {
-            key.removeprefix(prefix): reduced for key, reduced in delivery.states.items() if key.startswith(prefix)
-        }
+    def _readings(self, monitor: Monitor, states: Mapping[str, Reduced]) -> Sequence[Reading]:
         readings: Sequence[Reading] = ()
         with self.contained(monitor, "readings"):
             readings = monitor.readings(states)

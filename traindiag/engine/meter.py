@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ from statistics import median
 class Meter:
     """Host time spent in diagnostics against the time of a step.
 
-    The share is that of one cadence: what a sampled step costs more is spread over the steps between samples. On an
-    accelerator host time misses kernels that run later; they lengthen the sampled steps and show up in their median.
+    What a sampled step costs more is spread over the steps between samples. On an accelerator host time misses
+    kernels that run later.
     """
 
     def __init__(self) -> None:
@@ -64,13 +65,22 @@ class Meter:
     @property
     def total_share(self) -> float:
         """Diagnostics as a share of the time of all steps; NaN before the second one."""
-        return self.own_seconds / self.wall_seconds if self.wall_seconds else float("nan")
+        return self.own_seconds / self.wall_seconds if self.wall_seconds else math.nan
 
-    def recent_share(self, cadence: int) -> float:
-        """Recent cost of diagnostics as a share of the time of the steps without it; NaN until it is known."""
-        if len(self._owns[True]) < 3 or len(self._owns[False]) < 3:
-            return float("nan")
-        idle, sampled = median(self._owns[False]), median(self._owns[True])
-        base = median(self._walls[False]) - idle
-        cost = idle * (cadence - 1) + sampled
-        return cost / (cadence * base) if base > 0 else float("nan")
+    def recent_shares(self, cadence: int) -> tuple[float, float]:
+        """Recent cost of what is done every step, and of what samples add, as shares of the time of a step without.
+
+        NaN until three steps of either kind are known.
+        """
+        idle, sampled = self._owns[False], self._owns[True]
+        if len(idle) < 3 or len(sampled) < 3:
+            return math.nan, math.nan
+        every_step = median(idle)
+        base = median(self._walls[False]) - every_step
+        if base <= 0:
+            return math.nan, math.nan
+        return every_step / base, max(0.0, median(sampled) - every_step) / (cadence * base)
+
+    def forget_samples(self) -> None:
+        """The cadence has changed: new samples speak for the new one."""
+        self._owns[True].clear()

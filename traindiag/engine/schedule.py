@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,18 +53,26 @@ class Schedule:
         self._burst_from = step
         return True
 
-    def account(self, share: float) -> bool:
-        """Doubles the cadence when the measured ``share`` of the step time is above the budget, and relaxes later.
+    def account(self, fast: float, slow: float) -> bool:
+        """Doubles the cadence when diagnostics cost more than the budget, and relaxes later.
+
+        Sampling less often saves only what samples cost: where the fast lane alone takes up the budget, samples may
+        still have a quarter of it.
+
+        Args:
+            fast: Measured share of the step time of what is done every step; NaN while unknown.
+            slow: Measured share of what samples add, at the present cadence.
 
         Returns:
             Whether the cadence changed.
         """
-        if self.max_overhead is None or share != share:
+        if self.max_overhead is None or math.isnan(fast + slow):
             return False
+        allowed = max(self.max_overhead - fast, self.max_overhead / 4)
         before = self._stretch
-        if share > self.max_overhead and self._stretch < _MAX_STRETCH:
+        if slow > allowed and self._stretch < _MAX_STRETCH:
             self._stretch *= 2
-        elif share < self.max_overhead / 4 and self._stretch > 1:
+        elif slow < allowed / 4 and self._stretch > 1:
             self._stretch //= 2
         return self._stretch != before
 

@@ -114,7 +114,7 @@ def attention_statistics(
         if logsumexp is not None:
             kernel = logsumexp.reshape(batch, heads, -1)[..., :length].float()
             # A kernel may drop NaN in its running maximum; the norms do not.
-            ceiling = torch.where(ceiling.isnan(), ceiling, kernel)
+            ceiling = torch.where(ceiling.isfinite(), kernel, ceiling)
         ceiling = ceiling + _SLACK * (1 + ceiling.abs())
         if open_rows is not None:
             # Kernels write 0 or +inf for a row that sees nothing.
@@ -246,9 +246,7 @@ def _blocks(batch: int, rows: int, width: int) -> list[tuple[slice, slice]]:
     """Cuts ``[batch, rows]`` so that a block holds about ``_BLOCK`` logits, at least one row."""
     items = max(1, _BLOCK // max(rows * width, 1))
     step = max(1, _BLOCK // width) if items == 1 else rows
-    return [
-        (slice(i, i + items), slice(j, j + step)) for i in range(0, batch, items) for j in range(0, rows, step)
-    ]
+    return [(slice(i, i + items), slice(j, j + step)) for i in range(0, batch, items) for j in range(0, rows, step)]
 
 
 def _pick(matrix: Tensor, index: Tensor) -> Tensor:

@@ -32,19 +32,24 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     device = local[0].device
     norms = torch._foreach_norm(local, dtype=_accumulator(local))
     wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([n.to(device, non_blocking=True) for n in norms]).to(wide).square()
+    if any(n.device != device for n in norms):
+        norms = tuple(n.to(device, non_blocking=True) for n in norms)
+    return torch.stack(norms).to(wide).square_()
 
 
 def _local(tensor: Tensor) -> Tensor:
+    if type(tensor) is Tensor and not tensor.is_sparse:
+        return tensor
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    if all(t.dtype in (torch.float32, torch.float64) for t in tensors):
+    dtypes = {t.dtype for t in tensors}
+    if dtypes <= {torch.float32, torch.float64}:
         return None
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def replicas(tensor: Tensor, world_size: int) -> int:

@@ -46,14 +46,15 @@ class GradientMonitor(Monitor):
 
     def gradients(self, optimizer: str, *, applied: bool, scale: Tensor | float | None = None) -> None:
         plan = self._plans[optimizer]
-        present = [i for i, p in enumerate(plan.parameters) if p.grad is not None]
-        if not present:
+        gradients = [g for p in plan.parameters if (g := p.grad) is not None]
+        if not gradients:
             return
-        squares = squared_norms([g for p in plan.parameters if (g := p.grad) is not None])
+        squares = squared_norms(gradients)
         if scale is not None:
             squares = squares / scale**2
         weights, share = plan.on(squares)
-        if len(present) < len(plan.parameters):
+        if len(gradients) < len(plan.parameters):
+            present = [i for i, p in enumerate(plan.parameters) if p.grad is not None]
             index = torch.tensor(present, device=squares.device)
             squares = torch.zeros_like(weights).index_copy(0, index, squares)
             share = torch.zeros_like(share).index_copy(0, index, share[index])

@@ -28,9 +28,10 @@ class LossMonitor(Monitor):
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
         self._cells: dict[tuple[str, ...], Cells] = {}
+        self._counts: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def loss(self, optimizer: str, value: Tensor) -> None:
-        self._values.setdefault(optimizer, []).append(value)
+        self._values.setdefault(optimizer, []).append(value.float())
 
     def collect(self) -> Sequence[Group]:
         values, self._values = self._values, {}
@@ -38,9 +39,15 @@ class LossMonitor(Monitor):
             return []
         names = tuple(values)
         cells = self._cells.setdefault(names, Cells.along("optimizer", names))
-        total = torch.stack([torch.stack(v).float().sum() for v in values.values()])
-        count = torch.tensor([float(len(v)) for v in values.values()]).to(total.device, non_blocking=True)
+        total = torch.stack([v[0] if len(v) == 1 else torch.stack(v).sum() for v in values.values()])
+        count = self._count(tuple(map(len, values.values())), total.device)
         return [Group("value", cells, {"total": total, "count": count})]
+
+    def _count(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """The same numbers of micro-batches step after step: moved to the device once."""
+        if (numbers, device) not in self._counts:
+            self._counts = {(numbers, device): torch.tensor(numbers, dtype=torch.float32, device=device)}
+        return self._counts[numbers, device]
 
     def readings(self, states: Mapping[str, Reduced]) -> Sequence[Reading]:
         if (group := states.get("value")) is None:

@@ -38,13 +38,15 @@ class Aggregates:
         self._tags: set[str] = set()
         self._fast = _Interval()
         self._due = True
-        self._point = 0
+        self._point = -1
 
     def update(self, frame: Frame) -> dict[str, float]:
         """Takes a frame in and returns the points that are due at its step; often none for a fast one."""
         points: dict[str, float] = {}
         if frame.lane == "slow":
-            self._due = True
+            if self._fast.step == frame.step:  # its fast frame may come before it or after it
+                points = self._close_interval()
+            self._due = self._point != frame.step
             for reading in frame.readings.values():
                 if _shown(reading.signal):
                     points |= _slow_points(reading)
@@ -59,11 +61,11 @@ class Aggregates:
     def flush(self) -> tuple[int, dict[str, float]]:
         """The step of the last fast frame and its points, if no point has shown them yet."""
         step = self._fast.step
-        return step, self._admit(self._close_interval())
+        return max(step, 0), self._admit(self._close_interval())
 
     def _close_interval(self) -> dict[str, float]:
-        points, self._point, self._due = self._fast.points(), self._fast.step, False
-        self._fast = _Interval(self._fast.step)
+        points, self._point, self._due = self._fast.last | self._fast.worst, self._fast.step, False
+        self._fast = _Interval()
         return points
 
     def _admit(self, points: dict[str, float]) -> dict[str, float]:
@@ -77,7 +79,7 @@ class Aggregates:
 class _Interval:
     """Fast readings since the last point."""
 
-    step: int = 0
+    step: int = -1
     last: dict[str, float] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -87,18 +89,14 @@ class _Interval:
             signal = reading.signal
             if not _shown(signal):
                 continue
-            alone = _one_by_one(reading)
-            if alone is None:
+            entries = _one_by_one(reading, f"_{signal.worst}")
+            if entries is None:
                 worst = _worst(reading)
                 entries = {} if worst is None else {_collapsed(signal): worst}
             else:
-                self.last |= alone
-                entries = {f"{tag}_{signal.worst}": value for tag, value in alone.items()}
+                self.last |= _one_by_one(reading) or {}
             for tag, value in entries.items():
                 self.worst[tag] = _worse(signal, self.worst.get(tag), value)
-
-    def points(self) -> dict[str, float]:
-        return self.last | self.worst
 
 
 def _shown(signal: Signal) -> bool:
@@ -127,9 +125,9 @@ def _slow_points(reading: Reading) -> dict[str, float]:
     return points
 
 
-def _one_by_one(reading: Reading) -> dict[str, float] | None:
+def _one_by_one(reading: Reading, suffix: str = "") -> dict[str, float] | None:
     """A tag for each cell where there is one, or one an optimizer; None where cells must be collapsed."""
-    base, count = _base(reading.signal), len(reading.cells)
+    base, count = _base(reading.signal) + suffix, len(reading.cells)
     if reading.cells.axes and reading.cells.axes != ("optimizer",):
         return None
     tags = [base] if count == 1 else [f"{base}/{c[0]}" for c in reading.cells.coordinates]

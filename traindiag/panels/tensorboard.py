@@ -145,6 +145,6 @@ def _scalars(step: int, points: dict[str, float]) -> list[tuple[int, Summary]]:
 def _text(tag: str, text: str) -> Summary.Value:
     described = text_metadata.create_summary_metadata(display_name="", description="")
     described.data_class = DATA_CLASS_TENSOR
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text.encode()])
+    # Without dimensions: a vector of one string would be shown as a table.
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[text.encode()])
     return Summary.Value(tag=tag, metadata=described, tensor=tensor)

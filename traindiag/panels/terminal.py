@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
-import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -50,21 +50,26 @@ class TerminalPanel:
             coverage: What is seen and what is not.
             links: The command that starts TensorBoard and the link into it.
         """
-        rows = _rows()
-        seen = [f"{row.family} {_sight(row)}" for row in coverage if row.sight != "unseen"]
-        rows.add_row(Text("traindiag", "bold"), "watches " + ("; ".join(seen) or "nothing"))
+        rows = Table.grid(padding=(0, 2, 0, 0))
+        families = dict.fromkeys(row.family for row in coverage)
+        watched = [_watched(f, [r for r in coverage if r.family == f]) for f in families]
+        rows.add_row(Text("traindiag", "bold"), "watches " + ", ".join(w for w in watched if w))
         for row in coverage:
-            if row.sight == "unseen":
-                rows.add_row(Text("not seen", "yellow"), f"{row.family}: {_sight(row)}")
+            if row.sight != "exact":
+                names = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
+                label = "not seen" if row.sight == "unseen" else "bound only"
+                rows.add_row(Text(label, "yellow"), f"{row.family} of {', '.join(names)}: {row.reason}")
         if links:
-            command, link = links
-            rows.add_row(Text("to see it", "bold"), command)
-            # The link is too long to read: a terminal shows its beginning, which leads to the same page.
-            rows.add_row("", Text(link.partition("?")[0] + "#timeseries", f"link {link}") if self._colours else link)
+            rows.add_row(Text("to see it", "bold"), links[0])
+            if self._colours:
+                # The link is too long to read; a terminal shows its beginning, which leads to the same page.
+                rows.add_row("", Text(links[1].partition("?")[0] + "#timeseries", f"underline link {links[1]}"))
         self._print(rows)
+        if links and not self._colours:
+            self._print(Text(f"  {links[1]}"))
 
     def alerts(self, alerts: Iterable[Alert]) -> None:
-        """Prints one block an alert."""
+        """Prints one block an alert, one line where it closes."""
         for alert in alerts:
             self._print(alert_block(alert, self._console().width))
 
@@ -105,7 +110,7 @@ class TerminalPanel:
     def _print(self, content: RenderableType) -> None:
         console = self._console()
         with console.capture() as written:
-            console.print(content)
+            console.print(content, soft_wrap=isinstance(content, Text))
         # Tables fill their lines with blanks, which a log file need not keep.
         text = "".join(line.rstrip() + "\n" for line in written.get().splitlines())
         write_above_bars(text, self._target)
@@ -126,12 +131,13 @@ def write_above_bars(text: str, stream: TextIO) -> None:
 
 def alert_block(alert: Alert, width: int) -> Text:
     """The text of an alert with its severity in colour and its labels held back."""
+    if alert.status == "closed":
+        return Text.assemble(("CLOSED", _STYLES["closed"]), f"  {alert.title or alert.rule} (step {alert.step})")
     text = Text(render(alert, width))
-    first = text.plain.index("\n") if "\n" in text.plain else len(text.plain)
-    text.stylize("bold", 0, first)
-    text.stylize(_STYLES["closed" if alert.status == "closed" else alert.severity], 0, len(alert.severity))
+    text.stylize("bold", 0, (text.plain + "\n").index("\n"))
+    text.stylize(_STYLES[alert.severity], 0, len(alert.severity))
     text.highlight_regex(r"(?m)^  \S[^\n]{9}", "dim")
-    return text
+    return Text("\n") + text
 
 
 def summary_table(
@@ -148,36 +154,32 @@ def summary_table(
     head = Text.assemble(
         ("traindiag", "bold"), f"  {steps:,} steps: ", Text(", ").join(told) if told else "no alerts"
     )
-    if overhead is not None and overhead == overhead:
-        head.append(f"; diagnostics took {overhead:.1%} of the step time")
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    if overhead is not None and math.isfinite(overhead):
+        head.append(f"; cost {overhead:.1%} of the step time")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("signal", no_wrap=True)
     table.add_column("worst", justify="right", no_wrap=True)
     table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("where", overflow="fold")
+    table.add_column("last", justify="right", no_wrap=True)
+    table.add_column("where it was worst", overflow="fold")
     for name in _HEADLINES:
         extreme = history[name].extreme() if name in history else None
         if extreme is not None:
-            style = "" if np.isfinite(extreme.value) else _STYLES["critical"]
-            table.add_row(name, Text(_number(extreme.value), style), f"{extreme.step:,}", str(extreme.cell))
+            last = history[name].worst().compressed()[-1]
+            numbers = [
+                Text(_number(x), "" if math.isfinite(x) else _STYLES["critical"]) for x in (extreme.value, last)
+            ]
+            table.add_row(name, numbers[0], f"{extreme.step:,}", numbers[1], str(extreme.cell))
     return Group(head, Padding(table, (0, 0, 0, 2))) if table.row_count else head
 
 
-def _rows() -> Table:
-    rows = Table.grid(padding=(0, 2, 0, 0))
-    rows.add_column(no_wrap=True)
-    rows.add_column(overflow="fold")
-    return rows
-
-
-def _sight(row: Coverage) -> str:
-    """How much is seen, such as ``12 exact``, or where nothing is and why."""
-    if row.sight == "unseen":
-        some = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
-        text = ", ".join(some)
-    else:
-        text = f"{len(row.places)} {row.sight}"
-    return text + (f" ({row.reason})" if row.reason else "")
+def _watched(family: str, rows: Sequence[Coverage]) -> str:
+    """``attention (10 of 12)``, or nothing where nothing is seen."""
+    total = sum(len(row.places) for row in rows)
+    seen = sum(len(row.places) for row in rows if row.sight != "unseen")
+    if not seen:
+        return ""
+    return family + ("" if total == 1 else f" ({seen})" if seen == total else f" ({seen} of {total})")
 
 
 def _number(value: float) -> str:

@@ -35,10 +35,11 @@ SPIKE_FACTOR = 4.0
 healthy small runs above stay below 3.6 times their median."""
 
 SPIKE_Z = 4.0
-"""On log-normal noise of sigma 0.35 both conditions together hold by chance less than once in 10,000 steps."""
+"""On log-normal noise of sigma 0.35 around a falling norm both conditions together held once in 20,000 steps by
+chance, and a tenfold jump was missed in at most 12 of 100 cases at the worst place, none at sigma 0.15."""
 
 SPIKE_WINDOW = 100
-"""Long enough for a median, short enough to follow a falling norm; public run monitors use 100 to 128."""
+"""Steps that the usual deviation is taken from; public run monitors use 100 to 128."""
 
 SCALER_PATIENCE = 20
 """PyTorch's loss scaler starts at 2**16 and halves at every skipped step: after 16 it is at 1, where no scale is left

@@ -13,7 +13,7 @@ from traindiag.rules import arguments
 from traindiag.rules.cell_table import CellTable
 from traindiag.rules.line_fit import Floats, Lines, fit_lines
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
-from traindiag.rules.wording import more, number
+from traindiag.rules.wording import more, number, steps
 
 FLOOR = 30
 """Least window and least horizon in steps: a young run has few steps behind it, and fails within as few."""
@@ -116,15 +116,15 @@ class Forecast(Rule):
         self._steps[(self._steps >= step) | (self._steps < step - window)] = -1
         past = np.flatnonzero(self._steps >= 0)
         past = past[np.argsort(self._steps[past])]
-        steps = np.append(self._steps[past], step).astype(np.float64)
+        taken = np.append(self._steps[past], step).astype(np.float64)
         logs = np.vstack([table["logs"][past], log])
         if step - self._steps.max(initial=-WINDOW) >= window / SPACING or not past.size:
             row = int(np.argmin(self._steps))  # a free one, otherwise the oldest
             self._steps[row], table["logs"][row] = step, log
         horizon = self._horizon(frame)
-        crossing, lines = self._crossing(steps, logs, step, horizon)
+        crossing, lines = self._crossing(taken, logs, step, horizon)
         self._remember(crossing, judged, values)
-        return self._tell(frame, reading, values, judged, crossing, lines, horizon, steps)
+        return self._tell(frame, reading, values, judged, crossing, lines, horizon, taken)
 
     def _horizon(self, frame: Frame) -> int:
         if self.horizon is not None:
@@ -132,15 +132,15 @@ class Forecast(Rule):
         done = min(max(frame.step, FLOOR), 2 * WINDOW)
         return done if frame.run.length is None else min(done, max(frame.run.length - frame.step, 0))
 
-    def _crossing(self, steps: Floats, logs: Floats, step: int, horizon: int) -> tuple[Floats, Lines]:
+    def _crossing(self, taken: Floats, logs: Floats, step: int, horizon: int) -> tuple[Floats, Lines]:
         """Steps to the limit, ``[3, n]`` as low, mid, high; NaN where nothing is foretold."""
         level = float(np.log(self.limit))
-        half = len(steps) // 2
+        half = len(taken) // 2
         now = logs[-1]
         nothing = np.full((3, logs.shape[1]), np.nan)
-        if len(steps) < self.min_samples:
-            return nothing, fit_lines(steps - step, logs)
-        axes = (steps - step, np.log((steps + 1) / (step + 1)))
+        if len(taken) < self.min_samples:
+            return nothing, fit_lines(taken - step, logs)
+        axes = (taken - step, np.log((taken + 1) / (step + 1)))
         ahead = (float(horizon), float(np.log1p(horizon / (step + 1))))
         lines = [fit_lines(x, logs) for x in axes]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -175,7 +175,7 @@ class Forecast(Rule):
         crossing: Floats,
         lines: Lines,
         horizon: int,
-        steps: Floats,
+        taken: Floats,
     ) -> Sequence[Verdict]:
         table = self._table
         assert table.cells is not None
@@ -197,7 +197,7 @@ class Forecast(Rule):
             there = bool(values[at] >= self.limit)
             low, mid, high = (0.0, 0.0, 0.0) if there else (float(c) for c in crossing[:, at])
             spoken = None if np.isnan(mid) else (low, mid, high)
-            evidence = self._evidence(frame, float(values[at]), spoken, lines, at, horizon, steps)
+            evidence = self._evidence(frame, float(values[at]), spoken, lines, at, horizon, taken)
             evidence += more(int(told.size) - 1)
         return (
             Verdict(
@@ -226,17 +226,17 @@ class Forecast(Rule):
         lines: Lines,
         at: int,
         horizon: int,
-        steps: Floats,
+        taken: Floats,
     ) -> str:
         text = f"{self.signal} is {number(value)}"
         if left is None:
             return f"{text}; its way to {number(self.limit)} is no longer clear"
         if left[1] == 0.0 and value >= self.limit:
             return f"{text} and has reached {number(self.limit)}, as foretold"
-        low, mid, high = (number(x) for x in left)
+        low, mid, high = map(steps, left)
         text += (
             f" and grows: it reaches {number(self.limit)} in about {mid} steps ({low} to {high}), by "
-            f"{lines.points[at]} samples of the last {int(frame.step - steps[0])} steps (R2 {lines.fit[at]:.2f})"
+            f"{lines.points[at]} samples of the last {int(frame.step - taken[0])} steps (R2 {lines.fit[at]:.2f})"
         )
         if self.horizon is None and frame.run.length is None:
             text += f"; the run's length is unknown, so it looks ahead by the steps run so far, here {horizon}"
@@ -248,6 +248,6 @@ class Forecast(Rule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._open = bool(state["open"])
         self._table.load_state_dict(state["table"])
-        steps = np.array(state["steps"])
+        rows = np.array(state["steps"])
         # A window of another length is lost with its values (CellTable): no row of it may count.
-        self._steps = steps if steps.shape == self._steps.shape else np.full(ROWS, -1)
+        self._steps = rows if rows.shape == self._steps.shape else np.full(ROWS, -1)

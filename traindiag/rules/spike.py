@@ -20,20 +20,24 @@ MIN_SAMPLES = 4
 JUDGED_BY_SPREAD = 16
 """Values before the spread is known well enough to judge by; until then the factor decides alone."""
 
+RECENT = 8
+"""Values that the level is taken from: few, because a young run's gradient norm may fall by half in as many steps."""
+
 
 class Spike(Rule):
     """Speaks when a value stands out of its own recent past, on a logarithmic scale.
 
-    A value is a spike when it is ``factor`` times the median of the window or more, and, from 16 values on, ``z``
-    robust standard deviations (1.4826 times the median absolute deviation of the logarithms) above it. The window
-    holds earlier values only. Spikes enter it after they were judged, so a level that stays up for half a window
-    is the new normal. NaN, infinity and values not above zero never enter it and are never judged.
+    A value is a spike when it is ``factor`` times the median of the cell's last 8 values or more, and, from 16 values
+    on, ``z`` robust standard deviations above it. The deviation is that of the steps from one value to the next
+    (1.4826 / sqrt 2 times the median absolute step of the logarithms), which a trend does not inflate. A value is
+    held against earlier ones only and enters them after it was judged, so a level that stays up soon is the new
+    normal. NaN, infinity and values not above zero never enter and are never judged.
 
     Args:
         signal: Name of a signal with positive values.
         factor: Least ratio to the median.
         z: Least robust standard score of the logarithm.
-        window: Values of the past to compare with.
+        window: Values of the past that the deviation is taken from.
         cooldown: Steps of rest that end the event.
         where: Glob over a cell's label or any one of its coordinates.
         severity: Severity of the verdict.
@@ -73,7 +77,7 @@ class Spike(Rule):
                 check_signal(given)
         arguments.above(1.0, factor=factor)
         arguments.above(0.0, z=z)
-        arguments.at_least(MIN_SAMPLES, window=window)
+        arguments.at_least(RECENT, window=window)
         arguments.at_least(0, cooldown=cooldown)
         arguments.severity(severity)
         self.signal, self.otherwise = signal, otherwise
@@ -81,16 +85,14 @@ class Spike(Rule):
         self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
         self.where, self.severity = where, severity
         self.name = name or f"{signal} spike" + ("" if where == "*" else f" at {where}")
-        self._table = CellTable(where, logs=(window, np.nan), active=False)
-        self._next = 0  # row of the window that is overwritten next
+        self._table = CellTable(where, logs=(window, np.nan), count=0, active=False)
         self._has_signal = False
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
         reading = frame.readings.get(self.signal)
         if reading is not None and not self._has_signal:
             self._has_signal = True
-            if self._next:  # what was learned from the other signal is of another size
-                self._table, self._next = CellTable(self.where, logs=(self.window, np.nan), active=False), 0
+            self._table.load_state_dict({})  # what was learned from the other signal is of another size
         if reading is None and self.otherwise is not None and not self._has_signal:
             reading = frame.readings.get(self.otherwise)
         if reading is None:
@@ -102,21 +104,23 @@ class Spike(Rule):
             return ()
         now = np.full(values.shape, np.nan)
         np.log(values, out=now, where=judged)
-        past, was = table["logs"], table["active"].copy()
-        # A value that is not `factor` times the smallest of its past is no spike: medians are for the few left over.
-        few = np.flatnonzero(now - np.fmin.reduce(past, axis=0) >= np.log(self.factor))
+        logs, count, was = table["logs"], table["count"], table["active"]
+        column = np.arange(len(count))
+        recent = logs[(count - 1 - np.arange(RECENT)[:, None]) % self.window, column]
+        # A value that is not `factor` times the smallest of them is no spike: medians are for the few left over.
+        least = np.fmin.reduce(recent, axis=0)
+        few = np.flatnonzero((count >= MIN_SAMPLES) & (now - least >= np.log(self.factor)))
         median = np.full(values.shape, np.nan)
-        count = np.zeros(values.shape, np.int64)
         spiking = np.zeros(values.shape, np.bool_)
         if few.size:
-            count[few] = np.isfinite(past[:, few]).sum(0)
-            median[few] = np.nanmedian(past[:, few], axis=0)
-            spread = 1.4826 * np.nanmedian(np.abs(past[:, few] - median[few]), axis=0)
+            median[few] = np.nanmedian(recent[:, few], axis=0)
+            oldest_first = logs[(count[few] + np.arange(self.window)[:, None]) % self.window, few]
+            spread = 1.4826 / np.sqrt(2) * np.nanmedian(np.abs(np.diff(oldest_first, axis=0)), axis=0)
             above = now[few] - median[few]
             clear = (count[few] < JUDGED_BY_SPREAD) | (above >= self.z * spread)
-            spiking[few] = (count[few] >= MIN_SAMPLES) & (above >= np.log(self.factor)) & clear
-        past[self._next % self.window] = now
-        self._next += 1
+            spiking[few] = (above >= np.log(self.factor)) & clear
+        logs[count[judged] % self.window, column[judged]] = now[judged]
+        count += judged
         table["active"] = np.where(judged, spiking, was)
         if table["active"].any():
             told = np.flatnonzero(spiking)
@@ -126,7 +130,7 @@ class Spike(Rule):
             value, usual, others = float(values[at]), float(np.exp(median[at])), int(told.size) - 1
             evidence = (
                 f"{reading.signal.name} is {number(value)}, {number(value / usual)} times the median {number(usual)} "
-                f"of the last {count[at]} values{more(others)}"
+                f"of the last {min(int(count[at]) - 1, RECENT)} values{more(others)}"
             )
             return (self._verdict(frame, reading, value, at, usual * self.factor, evidence, others),)
         if not was.any():
@@ -164,8 +168,8 @@ class Spike(Rule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next": self._next, "has_signal": self._has_signal, "table": self._table.state_dict()}
+        return {"has_signal": self._has_signal, "table": self._table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next, self._has_signal = int(state["next"]), bool(state["has_signal"])
+        self._has_signal = bool(state["has_signal"])
         self._table.load_state_dict(state["table"])

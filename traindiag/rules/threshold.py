@@ -207,7 +207,8 @@ class Threshold(Rule):
             )
         else:
             count = int(table["count"][at])
-            evidence = f"{self.signal} is {number(value)}, {'above' if high else 'below'} {number(limit)}"
+            side = ("above" if high else "below") if count else "not yet clear of"
+            evidence = f"{self.signal} is {number(value)}, {side} {number(limit)}"
             evidence += f", for {count} samples" * (count > 1) + more(others)
         return Verdict(
             self.name,

@@ -23,6 +23,16 @@ def number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def steps(value: float) -> str:
+    """A number of steps.
+
+    Example:
+        >>> steps(2299.7), steps(float("inf"))
+        ('2300', 'inf')
+    """
+    return f"{value:.0f}"
+
+
 def more(others: int) -> str:
     """``, and 4 more cells`` for the end of a sentence, or nothing.
 

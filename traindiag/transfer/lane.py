@@ -16,7 +16,7 @@ from torch import Tensor
 from traindiag.transfer.keys import UNSEEN, decode, encode
 from traindiag.transfer.layout import Layout, Slot, negotiate
 from traindiag.transfer.ranks import rank, world_size
-from traindiag.transfer.states import Group, Reduced
+from traindiag.transfer.states import Group, Key, Reduced
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Delivery:
 
     step: int
     header: Mapping[str, float]
-    states: Mapping[str, Reduced]
+    states: Mapping[Key, Reduced]
 
 
 class Lane:
@@ -51,9 +51,10 @@ class Lane:
     def __init__(self, device: torch.device, header: Sequence[str] = (), *, sums_only: bool = False) -> None:
         self.device = device
         self.header = ("held_back", *header)
-        self.layout: dict[str, Slot] | None = None
+        self.layout: dict[Key, Slot] | None = None
         self._sums_only = sums_only
-        self._indices: dict[tuple[str, str], Tensor] = {}
+        self._indices: dict[tuple[Key, str], Tensor] = {}
+        self._ones: dict[int, Tensor] = {}
         self._sent: _Sent | None = None
         # Metal has no float64; counts above 2^24 lose their last digits there
         self._float = torch.float32 if device.type == "mps" else torch.float64
@@ -63,7 +64,7 @@ class Lane:
         """Whether a step waits to be received."""
         return self._sent is not None
 
-    def send(self, step: int, groups: Mapping[str, Group], header: Mapping[str, float]) -> None:
+    def send(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> None:
         """Starts the reduction of one step. Returns at once except when the layout has to be agreed on."""
         if self._sent is not None:
             raise RuntimeError(f"step {self._sent.step} must be received before step {step} is sent")
@@ -90,11 +91,11 @@ class Lane:
         header = dict(zip(self.header, sums[: len(self.header)].tolist()))
         return Delivery(sent.step, header, self._unpack(sums[len(self.header) :], keys))
 
-    def _agree(self, groups: Mapping[str, Group]) -> None:
+    def _agree(self, groups: Mapping[Key, Group]) -> None:
         self.layout = negotiate(self.layout or {}, groups, world_size())
         self._indices.clear()
 
-    def _launch(self, step: int, groups: Mapping[str, Group], header: Mapping[str, float]) -> _Sent:
+    def _launch(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> _Sent:
         layout = self.layout or {}
         held_back = sum(1 for key, group in groups.items() if key not in layout or not layout[key].covers(group))
         head = torch.tensor([held_back, *(header.get(h, 0.0) for h in self.header[1:])], dtype=self._float)
@@ -105,7 +106,7 @@ class Lane:
             keys = torch.cat(parts) if parts else None
         return _Sent(step, groups, header, sums, keys)
 
-    def _sum_parts(self, layout: Layout, groups: Mapping[str, Group]) -> Iterable[Tensor]:
+    def _sum_parts(self, layout: Layout, groups: Mapping[Key, Group]) -> Iterable[Tensor]:
         for key, slot in layout.items():
             group = groups.get(key)
             n = len(slot.cells)
@@ -114,7 +115,7 @@ class Lane:
                 continue
             index = self._index(key, slot, group)
             if index is None:
-                yield torch.ones(n, dtype=self._float, device=self.device)
+                yield self._all_seen(n)
                 yield from (self._wide(group.sums[name]) for name in slot.sums)
                 continue
             block = torch.zeros(1 + len(slot.sums), n, dtype=self._float, device=self.device)
@@ -123,7 +124,7 @@ class Lane:
                 block[row, index] = self._wide(group.sums[name])
             yield block.flatten()
 
-    def _key_parts(self, layout: Layout, groups: Mapping[str, Group], sender: int) -> Iterable[Tensor]:
+    def _key_parts(self, layout: Layout, groups: Mapping[Key, Group], sender: int) -> Iterable[Tensor]:
         for key, slot in layout.items():
             if not slot.maxima:
                 continue
@@ -142,10 +143,15 @@ class Lane:
             block[:, index] = values
             yield block.flatten()
 
+    def _all_seen(self, n: int) -> Tensor:
+        if n not in self._ones:
+            self._ones[n] = torch.ones(n, dtype=self._float, device=self.device)
+        return self._ones[n]
+
     def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self._float, non_blocking=True)
 
-    def _index(self, key: str, slot: Slot, group: Group) -> Tensor | None:
+    def _index(self, key: Key, slot: Slot, group: Group) -> Tensor | None:
         """Places of the group's cells in the slot; None when they are the slot's own cells."""
         if group.cells is slot.cells or group.cells.digest == slot.cells.digest:
             return None
@@ -155,8 +161,8 @@ class Lane:
             cached = self._indices[key, group.cells.digest] = torch.tensor(places, device=self.device)
         return cached
 
-    def _unpack(self, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[str, Reduced]:
-        states: dict[str, Reduced] = {}
+    def _unpack(self, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[Key, Reduced]:
+        states: dict[Key, Reduced] = {}
         at, key_at = 0, 0
         for key, slot in (self.layout or {}).items():
             n = len(slot.cells)
@@ -181,7 +187,7 @@ class _Sent:
     def __init__(
         self,
         step: int,
-        groups: Mapping[str, Group],
+        groups: Mapping[Key, Group],
         header: Mapping[str, float],
         sums: Tensor,
         keys: Tensor | None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from traindiag.record.cells import Cells
-from traindiag.transfer.states import Group
+from traindiag.transfer.states import Group, Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Slot:
         )
 
 
-Layout = Mapping[str, Slot]
+Layout = Mapping[Key, Slot]
 
 
-def join(first: Layout, second: Layout) -> dict[str, Slot]:
+def join(first: Layout, second: Layout) -> dict[Key, Slot]:
     """The slots of ``first`` in their order, widened and followed by what is new in ``second``."""
     joined = dict(first)
     for key, slot in second.items():
@@ -50,7 +50,7 @@ def join(first: Layout, second: Layout) -> dict[str, Slot]:
     return joined
 
 
-def negotiate(known: Layout, groups: Mapping[str, Group], world_size: int) -> dict[str, Slot]:
+def negotiate(known: Layout, groups: Mapping[Key, Group], world_size: int) -> dict[Key, Slot]:
     """The union of what all ranks know and have; every rank gets the same one.
 
     A collective when there is more than one rank: call it on all of them or on none.
@@ -58,9 +58,9 @@ def negotiate(known: Layout, groups: Mapping[str, Group], world_size: int) -> di
     mine = join(known, {key: Slot.of(group) for key, group in groups.items()})
     if world_size == 1:
         return mine
-    offers: list[dict[str, Slot] | None] = [None] * world_size
+    offers: list[dict[Key, Slot] | None] = [None] * world_size
     dist.all_gather_object(offers, mine)
-    agreed: dict[str, Slot] = {}
+    agreed: dict[Key, Slot] = {}
     for offer in offers:
         agreed = join(agreed, offer or {})
     return agreed

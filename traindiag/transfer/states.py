@@ -12,6 +12,10 @@ from torch import Tensor
 from traindiag.record.cells import Cells
 
 
+Key = tuple[str, str]
+"""Name of a monitor and of one of its groups."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """States of one monitor that share their cells.

@@ -1,0 +1,43 @@
+"""What is seen of a run, family by family, once the first sample is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traindiag.capture.watched import Watched
+from traindiag.record.coverage import Coverage
+from traindiag.record.series import History
+
+
+def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history: History) -> tuple[Coverage, ...]:
+    """Rows for attention, gradient and loss.
+
+    Args:
+        attention: What the capture window saw; None where no monitor looks at attention.
+        watched: What is trained.
+        history: What has been recorded so far.
+    """
+    rows: list[Coverage] = []
+    if attention is not None:
+        rows += attention or [Coverage("attention", "unseen", (), "this model has no attention that could be recognised")]
+    rows += _gradients(watched, history)
+    rows.append(
+        Coverage("loss", "exact", tuple(str(c) for c in history["loss/value"].cells))
+        if "loss/value" in history
+        else Coverage("loss", "unseen", (), "no loss was handed over")
+    )
+    return tuple(rows)
+
+
+def _gradients(watched: Watched, history: History) -> list[Coverage]:
+    if "gradient/norm" in history:
+        series = history["gradient/parameter_norm"]
+        names = tuple(str(c.coordinates[1]) for c in series.cells)
+        seen = tuple(name for name, there in zip(names, series.seen.any(axis=0)) if there)
+        missing = tuple(name for name in names if name not in set(seen))
+        rows = [Coverage("gradient", "exact", seen)]
+        return [*rows, Coverage("gradient", "unseen", missing, "no gradient so far")] if missing else rows
+    if "gradient/norm_applied" in history:
+        reason = "seen when the optimizer is called, after any clipping"
+        return [Coverage("gradient", "exact", tuple(watched.optimizers), reason)]
+    return [Coverage("gradient", "unseen", tuple(watched.optimizers), "no optimizer has stepped with a gradient")]
