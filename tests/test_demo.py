@@ -71,7 +71,7 @@ def test_text_is_the_same_each_time_and_the_parts_share_no_file() -> None:
 
 
 def test_python_without_sources_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="found 0 .py files"):
+    with pytest.raises(FileNotFoundError, match=r"found 0 \.py files"):
         standard_library(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_windows_are_drawn_without_the_global_generator() -> None:
     first, again, other = (Windows(text, 50, 8, seed) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert first.starts == again.starts != other.starts
-    assert all(torch.equal(targets, inputs + 1) for inputs, targets in first)
+    assert all(torch.equal(first[i][1], first[i][0] + 1) for i in range(len(first)))
 
 
 @pytest.mark.parametrize(
@@ -271,4 +271,4 @@ def test_healthy_demo_is_silent(tmp_path: Path) -> None:
 def test_short_demo_claims_no_lead(tmp_path: Path) -> None:
     story = the_demo(tmp_path, "--steps", "20")
     assert "no healthy runs were measured" in story
-    assert "lead " not in story
+    assert "\nlead" not in story

@@ -227,6 +227,14 @@ def test_what_is_not_finite_is_not_lost(where: str, bad: float, with_lse: bool) 
     assert not score_statistics(scores).max_logit[0].isfinite()
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_nan_in_a_key_that_few_rows_see(with_lse: bool) -> None:
+    query, key, lse, _ = hot()
+    key[0, 1, -1] = math.nan
+    found = attention_statistics(query, key, is_causal=True, logsumexp=lse if with_lse else None, rows=2)
+    assert found.max_logit.isnan().tolist() == found.max_logit_bound.isnan().tolist() == [False, True]
+
+
 def test_without_a_key_to_attend_to_there_is_no_logit() -> None:
     query, key, lse, _ = hot(length=40)
     nothing = torch.zeros(40, 40, dtype=torch.bool)

@@ -54,9 +54,11 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_unknown_name_is_told_with_a_near_one() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'TrainingDiagnostic'. Did you mean 'TrainingDiagnostics'"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'TrainingDiagnostic'\. Did you mean 'TrainingDiagnostics'"
+    ):
         traindiag.TrainingDiagnostic  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'xyzzy'.$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'xyzzy'\.$"):
         traindiag.xyzzy  # noqa: B018
 
 

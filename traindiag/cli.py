@@ -101,13 +101,13 @@ def signals_table(rows: Iterable[Signal]) -> Table:
 
 
 def signals_markdown(rows: Iterable[Signal]) -> str:
-    """The same as a Markdown table.
+    r"""The same as a Markdown table.
 
     Example:
         >>> print(signals_markdown([Signal("a/b", ("layer",), "size", formula="|x|", unit="nat", source="paper")]))
         | signal | per | sampled | what it is | formula | unit | source |
         |---|---|---|---|---|---|---|
-        | `a/b` | layer | at the cadence | size | `\\|x\\|` | nat | paper |
+        | `a/b` | layer | at the cadence | size | `\|x\|` | nat | paper |
     """
     lines = ["| signal | per | sampled | what it is | formula | unit | source |", "|---|---|---|---|---|---|---|"]
     for s in rows:

@@ -203,6 +203,18 @@ def test_written_out(attention: Any) -> None:
     assert [(c.sight, c.places) for c in sample.coverage] == [("exact", tuple(NAMES))]
 
 
+class Normalised(Eager):
+    """Takes a softmax of what attention returns."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.softmax(super().attend(q, k, v), -1)
+
+
+def test_weights_times_values_are_no_scores() -> None:
+    model = GPT(partial(Normalised, product_at, soft_f))
+    assert Sample(model, lambda: model(tokens())).layers == NAMES
+
+
 class ImportedEarly(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True)
@@ -297,13 +309,14 @@ class Router(nn.Module):
         super().__init__()
         self.attn, self.gate = Attention(), nn.Linear(WIDTH, 4)
         self.weight = nn.Parameter(torch.randn(WIDTH, 4))
+        self.transposed = nn.Parameter(torch.randn(1, 4, WIDTH))
         self.experts = nn.Parameter(torch.randn(4, WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(x)
         for probabilities in (self.gate(x).softmax(-1), torch.softmax(x @ self.weight, -1)):
             x = x + torch.einsum("bte,edf,btd->btf", probabilities, self.experts, x)
-        return F.softmax(x, -1)
+        return F.softmax(x, -1) + F.softmax(x @ self.transposed.mT, -1).sum()
 
 
 def test_routers_are_not_attention() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.capture.test_window import capture, installed
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
+    gc.collect()
     torch._dynamo.reset()
     counters.clear()
 
@@ -61,6 +63,23 @@ def test_no_graph_is_added(how: Any, first_sample: int) -> None:
     hidden = NAMES[1:] if how is compile_blocks else NAMES
     assert told == {"compiled: attention not seen": tuple(hidden)}
     assert seen == [n for n in NAMES if n not in hidden] * (4 - first_sample)
+
+
+@pytest.mark.parametrize("first_sample", [0, 2])
+def test_a_wrapper_made_outside_is_found(first_sample: int) -> None:
+    model, seen = GPT(), []
+    window = capture(model, seen)
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(4):
+        if step >= first_sample:
+            window.open()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            compiled(tokens())
+        window.close()
+        assert not [w for w in warned if "hooks" in str(w.message)]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert {c.reason: c.places for c in window.coverage()} == {"compiled: attention not seen": tuple(NAMES)}
 
 
 class Two(nn.Module):

@@ -166,6 +166,19 @@ def test_only_between_open_and_close_and_not_while_paused() -> None:
     assert window.forward_order[:4] == ("GPT", "blocks.0", "blocks.0.norm", "blocks.0.attn")
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_is_not_seen_even_where_backward_was_not_announced(reentrant: bool) -> None:
+    model, seen = GPT(checkpointing=reentrant), []
+    window = capture(model, seen)
+    depths: list[int] = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: depths.append(installed()[2]))
+    window.open()
+    model(tokens(grad=True)).backward()
+    window.close()
+    assert seen == NAMES
+    assert depths == [1, 0]
+
+
 def test_several_backward_passes_inside_one_forward() -> None:
     """Manual optimization under a wrapper: the step itself is the forward pass of the outermost module."""
 
@@ -203,6 +216,8 @@ def test_no_grad_passes_teachers_and_evaluation_are_not_seen() -> None:
     window = Capture()
     watched = watch(model, torch.optim.SGD(model.net.parameters(), lr=0.1))
     window.prepare(watched, [AttentionTap(lambda call: seen.append(call.layer))])
+    depths: set[int] = set()
+    handle = model.net.blocks[0].mlp.register_forward_pre_hook(lambda *_: depths.add(installed()[2]))
     window.open()
     with torch.no_grad():
         model.net(tokens())
@@ -210,6 +225,8 @@ def test_no_grad_passes_teachers_and_evaluation_are_not_seen() -> None:
     with torch.inference_mode():
         model(tokens())
     assert seen == []
+    assert depths == {0}
+    handle.remove()
     model.train()
     model(tokens()).backward()
     window.close()

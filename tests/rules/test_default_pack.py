@@ -12,7 +12,7 @@ from traindiag.rules.rule_set import RuleSet
 
 def said(logits: list[float]) -> list[tuple[int, str, str]]:
     rules, noise = RuleSet(default_rules(), strict=True), np.random.default_rng(0)
-    found = []
+    found: list[tuple[int, str, str]] = []
     for i, value in enumerate(logits):
         norm = (1 + 3 * np.exp(-i / 5)) * float(np.exp(noise.normal(0, 0.3)))
         made = frame(10 * i, reading([value], "attention/logit_range"), reading([norm], "gradient/norm"))

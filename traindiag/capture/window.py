@@ -256,28 +256,28 @@ class Capture:
             return
         self._closed_modules, self._hidden = set(), {}
         compiled: set[int] = set()
-        for root in self._watched.roots or tuple(self._watched.modules.values()):
-            for module in root.modules():
-                is_compiled = torch_private.is_compiled(module)
-                reason = COMPILED if is_compiled else hidden_attention(module)
-                if reason is None:
-                    continue
-                if is_compiled:
-                    compiled.update(id(m) for m in module.modules())
-                inner = [m for m in module.modules() if id(m) in self._names]
-                if inner:
-                    self._hidden.setdefault(self._names[id(inner[0])], reason)
-                self._closed_modules.update(id(m) for m in module.modules())
-        around = [
-            m
-            for root in self._watched.roots
-            for m in root.modules()
-            if any(id(inner) in self._closed_modules for inner in m.modules())
-        ]
-        self._closed_modules.update(id(m) for m in around)
+        wrappers = torch_private.compiled_wrappers()
+        roots = self._watched.roots or tuple(self._watched.modules.values())
+        for module in (*(m for root in roots for m in root.modules()), *wrappers):
+            is_compiled = torch_private.is_compiled(module)
+            reason = COMPILED if is_compiled else hidden_attention(module)
+            if reason is None:
+                continue
+            inside = {id(m) for m in module.modules()}
+            outermost = next((m for m in module.modules() if id(m) in self._names), None)
+            if outermost is not None:
+                self._hidden.setdefault(self._names[id(outermost)], reason)
+            self._closed_modules |= inside
+            if is_compiled:
+                compiled |= inside
+        # A mode that is on around a closed module would be on in it too.
+        closed = frozenset(self._closed_modules)
+        for root in roots:
+            self._closed_modules |= {id(m) for m in root.modules() if not closed.isdisjoint(map(id, m.modules()))}
         self._eager_modules = None
-        if compiled:
-            self._eager_modules = [m for root in self._watched.roots for m in root.modules() if id(m) not in compiled]
+        if compiled or wrappers:
+            every = {id(m): m for root in roots for m in root.modules()}
+            self._eager_modules = [m for i, m in every.items() if i not in compiled]
 
 
 class _Mode(TorchFunctionMode):

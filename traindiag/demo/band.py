@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class Band:
     @classmethod
     def load(cls, path: Path = BAND_FILE) -> Band:
         """The band that ships with the package."""
-        data = json.loads(path.read_text())
+        data: dict[str, Any] = json.loads(path.read_text())
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
     def onset(self, losses: Sequence[float]) -> int | None:

@@ -60,7 +60,7 @@ class Story:
         Diverged: no number, or a loss above the one it began with. Damaged: it ended outside the band.
         """
         last = smooth(self.outcome.losses, window=11)[-1]
-        if not math.isfinite(last) or last > self.outcome.losses[0] and len(self.outcome.losses) > 1:
+        if not math.isfinite(last) or last > self.outcome.losses[0]:
             return "diverged"
         if self.band is None:
             return "finished"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,14 +100,13 @@ class Diagnostics:
         self._logged = LoggedMonitor()
         monitors: list[Monitor] = [*self.settings.build_monitors(), self._logged]
         device = next((p.device for ps in self.watched.parameters.values() for _, p in ps), torch.device("cpu"))
+        self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
+        report, strict = self._outlet.say, self.settings.strict
         self._fast, self._slow = (
-            MonitorLane(name, [m for m in monitors if m.lane == name], device, strict=self.settings.strict)
+            MonitorLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
         )
-        self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
-        self._judge = Judge(
-            self.settings.build_rules(), self.run.run_id, strict=self.settings.strict, report=self._outlet.say
-        )
+        self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
         self._capture = Capture()
@@ -485,11 +483,8 @@ class Diagnostics:
             return
         self._refused_loss = True
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        warnings.warn(
-            f"traindiag: expected the loss as a tensor with one value, got {got}. loss/value is not recorded; "
-            "everything else is.",
-            RuntimeWarning,
-            stacklevel=4,
+        self._outlet.say(
+            f"expected the loss as a tensor with one value, got {got}; loss/value is not recorded, everything else is"
         )
 
 

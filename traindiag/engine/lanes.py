@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,11 +39,19 @@ class MonitorLane:
     message carries the fault, and when that message is read every rank switches the monitor off at the same step.
     """
 
-    def __init__(self, name: LaneName, monitors: Sequence[Monitor], device: torch.device, *, strict: bool) -> None:
+    def __init__(
+        self,
+        name: LaneName,
+        monitors: Sequence[Monitor],
+        device: torch.device,
+        *,
+        strict: bool,
+        report: Callable[[str], None],
+    ) -> None:
         self.name = name
         self.monitors = {m.name: m for m in monitors}
         self.off: dict[str, str] = {}
-        self._strict = strict
+        self._strict, self._report = strict, report
         self._faults: dict[str, str] = {}
         self._facts: dict[int, StepFacts] = {}
         faults = [f"fault:{n}" for n in self.monitors]
@@ -128,5 +135,4 @@ class MonitorLane:
 
     def _switch_off_one(self, name: str) -> None:
         self.off[name] = self._faults.pop(name, "failed on another rank")
-        message = f"traindiag: monitor {name!r} is switched off on all ranks: {self.off[name]}. Training goes on."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._report(f"monitor {name!r} is switched off on all ranks: {self.off[name]}; training goes on")

@@ -102,8 +102,11 @@ class Outlet:
                     self.say(f"action {action!r} failed and is not called again: {type(error).__name__}: {error}")
 
     def say(self, text: str) -> None:
-        """One line about diagnostics themselves."""
-        warnings.warn(f"traindiag: {text}", RuntimeWarning, stacklevel=3)
+        """One line about diagnostics themselves; a warning where nothing is printed."""
+        if self._terminal is not None:
+            self._terminal.note(text)
+        else:
+            warnings.warn(f"traindiag: {text}", RuntimeWarning, stacklevel=3)
 
     def _no_file(self, error: OSError) -> None:
         self.say(f"alerts are not written to a file: {type(error).__name__}: {error}; training goes on")

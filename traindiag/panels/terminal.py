@@ -73,6 +73,10 @@ class TerminalPanel:
         for alert in alerts:
             self._print(alert_block(alert, self._console().width))
 
+    def note(self, text: str) -> None:
+        """Prints one line about diagnostics themselves."""
+        self._print(Text.assemble(("traindiag", "bold"), f"  {text}"))
+
     def summary(
         self,
         history: Mapping[str, Series],

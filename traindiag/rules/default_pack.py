@@ -31,8 +31,8 @@ steps 50 and 60 is told at step 40 when every tenth step is sampled, and no heal
 1e-3 to 3e-2, 400 and 800 steps, sampled every 5th and every 10th step)."""
 
 SPIKE_FACTOR = 4.0
-"""The gradient norm of BLOOM-176B rose fourfold four steps before its first loss spike (.24, .95, 2.4, 16, 145); the
-healthy small runs above stay below 3.6 times their median."""
+"""The gradient norm of BLOOM-176B rose fourfold four steps before its first loss spike (.24, .95, 2.4, 16, 145); no
+value of the healthy small runs above reaches it."""
 
 SPIKE_Z = 4.0
 """On log-normal noise of sigma 0.35 around a falling norm both conditions together held once in 20,000 steps by
