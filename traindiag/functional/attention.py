@@ -19,6 +19,9 @@ _BLOCK = 2**22
 _FLOOR = -1e8
 """No bias that lets a key be seen is this low; -1e9 and the like stand for "masked"."""
 
+_ROWS_PER_CALL = 64
+"""Rows of a head over the whole batch that are enough: a large batch needs fewer of each item."""
+
 _SLACK = 2e-5
 """A kernel rounds its log-sum-exp (measured: 8e-6 in fp32), and we round norms: a ceiling stays above the truth."""
 
@@ -72,8 +75,8 @@ def attention_statistics(
             :func:`torch.nn.functional.scaled_dot_product_attention`.
         scale: Factor on the products; ``1 / sqrt(size)`` by default.
         logsumexp: ``[..., heads, >= T]`` of the scaled and masked logits; columns beyond ``T`` are padding.
-        rows: Rows computed per head and batch item: this many with the highest ceilings, and as many evenly spaced
-            (entropy uses only the latter, which makes it unbiased).
+        rows: Rows computed per head and batch item, at most: this many with the highest ceilings, and as many evenly
+            spaced (entropy uses only the latter, which makes it unbiased). Fewer where the batch has many items.
         exact: Compute every row, block by block.
 
     Raises:
@@ -120,7 +123,7 @@ def attention_statistics(
             # Kernels write 0 or +inf for a row that sees nothing.
             ceiling = ceiling.masked_fill(~open_rows, -torch.inf)
 
-        chosen, even = _choose(ceiling, length if exact else rows)
+        chosen, even = _choose(ceiling, length if exact else _rows_of_an_item(rows, batch))
         parts = []
         for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
             index = chosen[items, :, block]
@@ -178,7 +181,7 @@ def score_statistics(
         floor = _floor(scores.dtype)
         row_max = scores.amax(-1).float()
         row_max = row_max.masked_fill(row_max <= floor, -torch.inf)
-        chosen, even = _choose(row_max, rows)
+        chosen, even = _choose(row_max, _rows_of_an_item(rows, batch))
         parts = []
         for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
             picked = _pick(scores[items], chosen[items, :, block])
@@ -228,6 +231,10 @@ def _norm_sums(query_norm: Tensor, key_norm: Tensor, repeat: int) -> dict[str, T
 
 def _floor(dtype: torch.dtype) -> float:
     return max(_FLOOR, torch.finfo(dtype).min / 2)
+
+
+def _rows_of_an_item(rows: int, batch: int) -> int:
+    return min(rows, max(2, -(-_ROWS_PER_CALL // batch)))
 
 
 def _choose(ceiling: Tensor, rows: int) -> tuple[Tensor, Tensor]:
