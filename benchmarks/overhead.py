@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.machine import machine
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.machine import machine
 from traindiag import TrainingDiagnostics
 from traindiag.demo.data import Windows, standard_library
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss
@@ -104,7 +104,9 @@ class Alternate(Callback):
         return [2 * s[i] / (s[i - 1] + s[i + 1]) for i in range(1 + SKIPPED, len(s) - 1) if i % 2 == 1]
 
 
-def measure(config: GPTConfig, batch: int, settings: dict[str, Any] | None, windows: int, text: Tensor) -> list[float]:
+def measure(
+    config: GPTConfig, batch: int, settings: dict[str, Any] | None, windows: int, text: Tensor
+) -> list[float]:
     seed_everything(0, verbose=False)
     diagnostics = None
     if settings is not None:

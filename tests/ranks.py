@@ -34,8 +34,10 @@ def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> li
 def _entry(rank: int, ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     # what torchrun would set, so that Lightning finds its place too
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    mine, all_of_us = str(rank), str(ranks)
+    os.environ |= {"RANK": mine, "LOCAL_RANK": mine, "WORLD_SIZE": all_of_us, "LOCAL_WORLD_SIZE": all_of_us}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GROUP_RANK": "0"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test"}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:

@@ -88,9 +88,8 @@ def train(rank: int, *, fail: bool, everywhere: bool, nan_on: int | None, cadenc
                     loss = loss * torch.nan
                 s.loss(loss).backward()
                 s.gradients()
-                if rank == 1:  # a number that only one rank logs, from the middle on
-                    if step >= 4:
-                        diagnostics.log("user/number", float(step))
+                if rank == 1 and step >= 4:  # a number that only one rank logs, from the middle on
+                    diagnostics.log("user/number", float(step))
                 optimizer.step()
                 optimizer.zero_grad()
         diagnostics.finish()
@@ -99,7 +98,8 @@ def train(rank: int, *, fail: bool, everywhere: bool, nan_on: int | None, cadenc
     return {
         "alerts": [a.to_dict() | {"time": 0} for a in diagnostics.alerts],
         "history": {
-            n: (s.steps.tolist(), s.cells.labels, np.nan_to_num(s.values, nan=-1.0), s.seen) for n, s in history.items()
+            name: (series.steps.tolist(), series.cells.labels, np.nan_to_num(series.values, nan=-1.0), series.seen)
+            for name, series in history.items()
         },
         "warnings": caught,
     }
@@ -169,7 +169,8 @@ def _lightning(rank: int) -> tuple[list[dict[str, Any]], list[float]]:
         rules=[Threshold("attention/max_logit", above=-100.0, name="logit")], every_n_steps=2, terminal=False
     )
     fit([diagnostics], steps=5, strategy="ddp", devices=2, dropout=0.1, accumulate_grad_batches=2)
-    return [a.to_dict() | {"time": 0} for a in diagnostics.alerts], diagnostics.history["gradient/norm"].values[:, 0].tolist()
+    norms = diagnostics.history["gradient/norm"].values[:, 0].tolist()
+    return [a.to_dict() | {"time": 0} for a in diagnostics.alerts], norms
 
 
 def test_lightning_ddp_tells_the_same_on_both_ranks() -> None:

@@ -46,7 +46,13 @@ class Raise(Callback):
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["exception", "interrupt"])
 @pytest.mark.parametrize(
     "hook",
-    ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end"],
+    [
+        "on_train_batch_start",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    ],
 )
 def test_after_an_exception(hook: str, error: BaseException) -> None:
     module = Automatic(DropoutGPT(), Trace())
@@ -81,7 +87,8 @@ def test_after_a_normal_end() -> None:
 
 def test_between_samples_the_model_is_untouched() -> None:
     class Look(Callback):
-        seen: list[dict[str, int]] = []
+        def __init__(self) -> None:
+            self.seen: list[dict[str, int]] = []
 
         def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
             if trainer.global_step % 3:

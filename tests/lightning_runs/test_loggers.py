@@ -56,7 +56,9 @@ def train(logger: Logger, folder: Path, *, with_diagnostics: bool) -> TrainingDi
 def csv_points(folder: Path) -> list[tuple[str, str, str]]:
     (file,) = folder.rglob("metrics.csv")
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    return sorted((k, r["step"], v) for r in rows for k, v in r.items() if v and k != "step" and not k.startswith("diag"))
+    return sorted(
+        (k, r["step"], v) for r in rows for k, v in r.items() if v and k != "step" and not k.startswith("diag")
+    )
 
 
 def tensorboard_points(folder: Path) -> list[tuple[str, int, float]]:

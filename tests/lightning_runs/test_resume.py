@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,8 @@ def test_resumed_run_gives_the_alerts_of_an_unbroken_one(tmp_path: Path) -> None
 
     first = diagnostics()
     save = ModelCheckpoint(dirpath=tmp_path, filename="at-{step}", every_n_train_steps=SAVED, save_top_k=-1)
-    try:
+    with contextlib.suppress(SystemExit):
         run(tmp_path / "broken", [first, save, Kill()])
-    except SystemExit:
-        pass
     second = diagnostics()
     run(tmp_path / "broken", [second], ckpt_path=str(tmp_path / f"at-step={SAVED}.ckpt"))
 
@@ -132,10 +131,8 @@ def test_stateful_loader_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 logger=False,
                 default_root_dir=tmp_path,
             )
-            try:
+            with contextlib.suppress(SystemExit):
                 trainer.fit(Automatic(DropoutGPT(), trace), StatefulLoader(), ckpt_path=ckpt_path)
-            except SystemExit:
-                pass
         return trace.batches
 
     def broken(with_diagnostics: bool) -> tuple[list[str], list[str]]:

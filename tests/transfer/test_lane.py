@@ -68,7 +68,9 @@ def test_counts_beyond_float32_stay_exact() -> None:
     assert delivery is not None and delivery.states[M].sums["count"][0] == 2**24 + 1
 
 
-def _exchange(rank: int, steps: list[list[tuple[list[str], list[float]]]]) -> list[dict[str, tuple[float, float, int]]]:
+def _exchange(
+    rank: int, steps: list[list[tuple[list[str], list[float]]]]
+) -> list[dict[str, tuple[float, float, int]]]:
     lane = Lane(CPU)
     results = []
     for step, per_rank in enumerate(steps):

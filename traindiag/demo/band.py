@@ -55,8 +55,11 @@ class Band:
     @classmethod
     def load(cls, path: Path = BAND_FILE) -> Band:
         """The band that ships with the package."""
-        data: dict[str, Any] = json.loads(path.read_text())
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        data = json.loads(path.read_text())
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**values)
 
     def onset(self, losses: Sequence[float]) -> int | None:
         """Step at which a run of this length left the band for good, None if it ended inside."""

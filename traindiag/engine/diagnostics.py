@@ -90,9 +90,7 @@ class Diagnostics:
         self.settings = settings or Settings(**keywords)
         self.models = list(model.values()) if isinstance(model, Mapping) else [model]
         self.watched = watch(model, optimizers, self.settings.watch)
-        self.run = run_facts(
-            self.watched, self.models, schedulers, **{"run_id": _shared_run_id(), **(facts or {})}
-        )
+        self.run = run_facts(self.watched, self.models, schedulers, **{"run_id": _shared_run_id(), **(facts or {})})
         self.step_count = 0
         self.segment = 0
         self.updates = dict.fromkeys(self.watched.optimizers, 0)

@@ -111,9 +111,7 @@ class Outlet:
     def _no_file(self, error: OSError) -> None:
         self.say(f"alerts are not written to a file: {type(error).__name__}: {error}; training goes on")
 
-    def finish(
-        self, history: Mapping[str, Series], alerts: Sequence[Alert], steps: int, overhead: float
-    ) -> None:
+    def finish(self, history: Mapping[str, Series], alerts: Sequence[Alert], steps: int, overhead: float) -> None:
         """The job is over."""
         if self._panels is not None:
             self._log(self._panels.close(), steps)

@@ -44,7 +44,7 @@ def run_facts(
         id(p) for model in models for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
     trained = {id(p) for ps in watched.parameters.values() for _, p in ps}
-    schedulers = [s for s in schedulers if isinstance(s, LRScheduler)]
+    usual = [s for s in schedulers if isinstance(s, LRScheduler)]
     facts = RunInfo(
         model=" + ".join(type(m).__name__ for m in models),
         parameters=sum(p.numel() for p in parameters.values()),
@@ -52,8 +52,8 @@ def run_facts(
         trainable_parameters=sum(p.numel() for key, p in parameters.items() if key in trained),
         depth=_depth(models),
         width=_width(models),
-        optimizers=tuple(_optimizer_info(name, o, schedulers) for name, o in watched.optimizers.items()),
-        warmup=next((w for s in schedulers if (w := _warmup(s)) is not None), None),
+        optimizers=tuple(_optimizer_info(name, o, usual) for name, o in watched.optimizers.items()),
+        warmup=next((w for s in usual if (w := _warmup(s)) is not None), None),
         normalisation=_normalisation(models),
         loaded_weights=_loaded_weights(models),
         seed=torch.initial_seed(),

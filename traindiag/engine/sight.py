@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage
 from traindiag.record.series import History
@@ -19,7 +21,8 @@ def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history:
     """
     rows: list[Coverage] = []
     if attention is not None:
-        rows += attention or [Coverage("attention", "unseen", (), "this model has no attention that could be recognised")]
+        reason = "this model has no attention that could be recognised"
+        rows += attention or [Coverage("attention", "unseen", (), reason)]
     rows += _gradients(watched, history)
     rows.append(
         Coverage("loss", "exact", tuple(str(c) for c in history["loss/value"].cells))
@@ -32,8 +35,8 @@ def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history:
 def _gradients(watched: Watched, history: History) -> list[Coverage]:
     if "gradient/norm" in history:
         series = history["gradient/parameter_norm"]
-        names = tuple(str(c.coordinates[1]) for c in series.cells)
-        seen = tuple(name for name, there in zip(names, series.seen.any(axis=0)) if there)
+        names = [str(c.coordinates[1]) for c in series.cells]
+        seen = tuple(names[i] for i in np.flatnonzero(series.seen.any(axis=0)))
         missing = tuple(name for name in names if name not in set(seen))
         rows = [Coverage("gradient", "exact", seen)]
         return [*rows, Coverage("gradient", "unseen", missing, "no gradient so far")] if missing else rows

@@ -225,12 +225,12 @@ class _Transfer:
                 self._work.wait()  # on CUDA this orders streams and does not stop the host
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def done(self) -> bool:
         if self._event is not None:
-            return self._event.query()
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> NDArray[Any]:
@@ -239,4 +239,3 @@ class _Transfer:
         elif self._work is not None:
             self._work.wait()
         return self._tensor.detach().cpu().numpy()
-

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from traindiag.record.cells import Cells
 
-
 Key = tuple[str, str]
 """Name of a monitor and of one of its groups."""
 
