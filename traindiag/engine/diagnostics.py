@@ -217,7 +217,7 @@ class Diagnostics:
 
     def begin(self) -> None:
         """A micro-batch begins; the first one of a step begins the step."""
-        with self._meter.own():
+        with self._meter:
             self._begin_step()
             if self._sampling:
                 self._capture.open()
@@ -239,12 +239,12 @@ class Diagnostics:
         """
         if not self._measures_fast():
             return
-        with self._meter.own():
+        with self._meter:
             if not isinstance(value, Tensor) or value.numel() != 1:
                 self._refuse_loss(value)
                 return
             name = optimizer or next(iter(self.watched.optimizers))
-            scalar = value.detach().reshape(())
+            scalar = value.detach()
             self._fast.each(lambda m: m.loss(name, scalar), "loss")
 
     def gradients(
@@ -257,7 +257,7 @@ class Diagnostics:
             applied: Whether they may have been clipped already.
             scale: What they are still multiplied by.
         """
-        with self._meter.own():
+        with self._meter:
             self._follow_forward_order()
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
@@ -266,7 +266,7 @@ class Diagnostics:
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
-        with self._meter.own():
+        with self._meter:
             self._capture.close()
             done = step_done and self._in_step
             if done:
@@ -309,7 +309,7 @@ class Diagnostics:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks."""
-        with self._meter.own():
+        with self._meter:
             self._receive()
         return {
             "version": STATE_VERSION,
@@ -391,7 +391,7 @@ class Diagnostics:
     def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: AttentionTap) -> AttentionTap:
         def observe(call: AttentionCall) -> None:
             if lane.works(monitor):
-                with self._meter.own(), lane.contained(monitor, f"observe at {call.layer}"):
+                with self._meter, lane.contained(monitor, f"observe at {call.layer}"):
                     tap.observe(call)
 
         return AttentionTap(observe)
@@ -420,7 +420,7 @@ class Diagnostics:
             self.gradients(name, applied=True)
 
     def _after_update(self, name: str) -> None:
-        with self._meter.own():
+        with self._meter:
             self.updates[name] += 1
             self._updated.add(name)
             self._seen_gradients.discard(name)

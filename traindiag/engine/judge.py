@@ -12,6 +12,9 @@ from traindiag.record.series import History
 from traindiag.rules.rule import Rule
 from traindiag.rules.rule_set import RuleSet
 
+BATCH = 16
+"""Frames recorded at a time: right after a training step the caches are cold, and one by one costs far more."""
+
 
 class Judge:
     """Records a frame and judges exactly the numbers that were recorded.
@@ -24,7 +27,8 @@ class Judge:
     """
 
     def __init__(self, rules: Sequence[Rule], run_id: str, *, strict: bool, report: Callable[[str], None]) -> None:
-        self.history = History()
+        self._history = History()
+        self._unrecorded: list[Frame] = []
         self._rules = RuleSet(
             rules,
             strict=strict,
@@ -35,14 +39,27 @@ class Judge:
         self._book = AlertBook(run_id)
 
     @property
+    def history(self) -> History:
+        """Every number heard so far."""
+        self._record()
+        return self._history
+
+    @property
     def alerts(self) -> list[Alert]:
         """Everything told in this run, its earlier segments included, oldest first."""
         return self._book.alerts
 
     def hear(self, frame: Frame) -> list[Alert]:
         """What there is to tell about ``frame``."""
-        self.history.append(frame)
+        self._unrecorded.append(frame)
+        if len(self._unrecorded) >= BATCH:
+            self._record()
         return self._book.update(frame, self._rules.update(frame))
+
+    def _record(self) -> None:
+        frames, self._unrecorded = self._unrecorded, []
+        for frame in frames:
+            self._history.append(frame)
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self._book.run_id, "rules": self._rules.state_dict(), "alerts": self._book.state_dict()}

@@ -50,6 +50,7 @@ class MonitorLane:
     ) -> None:
         self.name = name
         self.monitors = {m.name: m for m in monitors}
+        self._all = list(monitors)
         self.off: dict[str, str] = {}
         self._strict, self._report = strict, report
         self._faults: dict[str, str] = {}
@@ -60,11 +61,15 @@ class MonitorLane:
     def each(self, event: Callable[[Monitor], None], what: str) -> None:
         """Tells every working monitor of an event."""
         for monitor in self.working():
-            with self.contained(monitor, what):
+            try:
                 event(monitor)
+            except Exception as error:
+                self._contain(monitor, what, error)
 
     def working(self) -> list[Monitor]:
-        return [m for m in self.monitors.values() if self.works(m)]
+        if not (self.off or self._faults):
+            return self._all
+        return [m for m in self._all if self.works(m)]
 
     def works(self, monitor: Monitor) -> bool:
         return monitor.name not in self.off and monitor.name not in self._faults
@@ -75,17 +80,22 @@ class MonitorLane:
         try:
             yield
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            if self._strict:
-                raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
-            self._faults.setdefault(monitor.name, f"failed in {what} on rank {rank()}: {cause}")
+            self._contain(monitor, what, error)
+
+    def _contain(self, monitor: Monitor, what: str, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}"
+        if self._strict:
+            raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
+        self._faults.setdefault(monitor.name, f"failed in {what} on rank {rank()}: {cause}")
 
     def send(self, step: int, facts: StepFacts, costs: tuple[float, float]) -> None:
         """Starts the reduction of what the monitors hold; ``costs`` are this rank's, of the two lanes."""
         groups: dict[Key, Group] = {}
         for monitor in self.working():
-            with self.contained(monitor, "collect"):
+            try:
                 groups.update({(monitor.name, g.name): g for g in monitor.collect()})
+            except Exception as error:
+                self._contain(monitor, "collect", error)
         header = {f"fault:{name}": 1.0 for name in self._faults}
         self._facts[step] = facts
         self._lane.send(step, groups, {"fast_cost": costs[0], "slow_cost": costs[1], **header})
@@ -121,9 +131,11 @@ class MonitorLane:
 
     def _readings(self, monitor: Monitor, states: Mapping[str, Reduced]) -> Sequence[Reading]:
         readings: Sequence[Reading] = ()
-        with self.contained(monitor, "readings"):
+        try:
             readings = monitor.readings(states)
             monitor.feedback(readings)
+        except Exception as error:
+            self._contain(monitor, "readings", error)
         if monitor.name in self._faults:  # computed from reduced numbers: every rank fails alike, at this step
             self._switch_off_one(monitor.name)
         return readings

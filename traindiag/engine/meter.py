@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 
 
 class Meter:
-    """Host time spent in diagnostics against the time of a step.
+    """Host time spent in diagnostics, inside ``with meter:``, against the time of a step.
 
     What a sampled step costs more is spread over the steps between samples. On an accelerator host time misses
     kernels that run later.
@@ -23,21 +21,20 @@ class Meter:
         self.steps = 0
         self._own_in_step = 0.0
         self._depth = 0
+        self._entered = 0.0
         self._last: float | None = None
         self._walls: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
         self._owns: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
 
-    @contextmanager
-    def own(self) -> Iterator[None]:
-        """Counts the time inside as diagnostics."""
+    def __enter__(self) -> None:
+        if self._depth == 0:
+            self._entered = time.perf_counter()
         self._depth += 1
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._own_in_step += time.perf_counter() - start
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._own_in_step += time.perf_counter() - self._entered
 
     def step_done(self, *, sampled: bool) -> None:
         """Closes one step."""

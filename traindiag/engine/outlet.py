@@ -9,6 +9,7 @@ from pathlib import Path
 
 from traindiag.alerts.alert import Alert
 from traindiag.alerts.jsonl import AlertFile
+from traindiag.engine.judge import BATCH
 from traindiag.engine.settings import Action, Settings
 from traindiag.panels.layout import links
 from traindiag.panels.sinks import FileSink, SummarySink
@@ -57,6 +58,7 @@ class Outlet:
             self._file = AlertFile(Path(folder) / "alerts.jsonl", on_fault=self._no_file)
         self._loggers = list(loggers) if speaks else []
         self._panels: TensorBoardPanels | None = None
+        self._unwritten: list[Frame] = []
 
     @classmethod
     def to_directory(cls, folder: str | os.PathLike[str] | None, settings: Settings) -> Outlet:
@@ -84,9 +86,10 @@ class Outlet:
     def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
         """Writes one frame and tells what it brought up."""
         if self._panels is not None:
-            points = self._panels.frame(frame)
-            self._panels.alerts(alerts, frame.step)
-            self._log(points, frame.step)
+            self._unwritten.append(frame)
+            if alerts or frame.lane == "slow" or len(self._unwritten) >= BATCH:
+                self._write()
+                self._panels.alerts(alerts, frame.step)
         if not alerts:
             return
         if self._file is not None:
@@ -114,10 +117,17 @@ class Outlet:
     def finish(self, history: Mapping[str, Series], alerts: Sequence[Alert], steps: int, overhead: float) -> None:
         """The job is over."""
         if self._panels is not None:
+            self._write()
             self._log(self._panels.close(), steps)
             self._panels = None
         if self._terminal is not None and steps:
             self._terminal.summary(history, alerts, steps, overhead if overhead == overhead else None)
+
+    def _write(self) -> None:
+        frames, self._unwritten = self._unwritten, []
+        for frame in frames:
+            if self._panels is not None:
+                self._log(self._panels.frame(frame), frame.step)
 
     def _log(self, points: Mapping[str, float], step: int) -> None:
         for logger in list(self._loggers if points else ()):

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared Euclidean norm of each tensor, of the local shard where it is sharded.
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, of the local shard where it is sharded.
 
     Half precision is accumulated in float32, in which a norm above 65504 does not overflow. A NaN or an infinity
     in a tensor makes its own entry non-finite and no other.
@@ -20,36 +20,30 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         tensors: Any shapes; sparse and distributed ones too.
 
     Returns:
-        float64 ``[len(tensors)]`` (float32 on Metal) on the device of the first tensor; empty for no tensors.
+        ``[len(tensors)]`` on the device of the first tensor, float32, or float64 where a tensor is; empty for none.
 
     Example:
-        >>> squared_norms([torch.tensor([3.0, 4.0]), torch.ones(2, 2)])
-        tensor([25.,  4.], dtype=torch.float64)
+        >>> norms([torch.tensor([3.0, 4.0]), torch.ones(2, 2)])
+        tensor([5., 2.])
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    local = [_local(t) for t in tensors]
-    device = local[0].device
-    norms = torch._foreach_norm(local, dtype=_accumulator(local))
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    if any(n.device != device for n in norms):
-        norms = tuple(n.to(device, non_blocking=True) for n in norms)
-    return torch.stack(norms).to(wide).square_()
+        return torch.zeros(0)
+    if all(type(t) is Tensor and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors):
+        found = torch._foreach_norm(list(tensors))
+    else:
+        local = [_local(t) for t in tensors]
+        wide = torch.float64 if any(t.dtype is torch.float64 for t in local) else torch.float32
+        found = torch._foreach_norm(local, dtype=wide)
+    try:
+        return torch.stack(found)
+    except RuntimeError:  # parameters on several devices
+        return torch.stack([n.to(found[0].device, non_blocking=True) for n in found])
 
 
 def _local(tensor: Tensor) -> Tensor:
-    if type(tensor) is Tensor and not tensor.is_sparse:
-        return tensor
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     return tensor.coalesce().values() if tensor.is_sparse else tensor
-
-
-def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    dtypes = {t.dtype for t in tensors}
-    if dtypes <= {torch.float32, torch.float64}:
-        return None
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def replicas(tensor: Tensor, world_size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from traindiag.capture.watched import Watched
-from traindiag.functional.gradient import replicas, squared_norms
+from traindiag.functional.gradient import norms, replicas
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.catalogue import BY_NAME
 from traindiag.record.cells import Cells, Coordinates
@@ -39,6 +39,7 @@ class GradientMonitor(Monitor):
     def __init__(self) -> None:
         self._plans: dict[str, _Plan] = {}
         self._states: dict[tuple[str, str], _Squares] = {}
+        self._named: dict[tuple[str, ...], Cells] = {}
         self._joined: tuple[tuple[Cells, ...], Cells] | None = None
 
     def prepare(self, watched: Watched) -> None:
@@ -49,21 +50,22 @@ class GradientMonitor(Monitor):
         gradients = [g for p in plan.parameters if (g := p.grad) is not None]
         if not gradients:
             return
-        squares = squared_norms(gradients)
+        found = norms(gradients)
         if scale is not None:
-            squares = squares / scale**2
-        weights, share = plan.on(squares)
+            found = found / scale
+        weights, share = plan.on(found)
         if len(gradients) < len(plan.parameters):
             present = [i for i, p in enumerate(plan.parameters) if p.grad is not None]
-            index = torch.tensor(present, device=squares.device)
-            squares = torch.zeros_like(weights).index_copy(0, index, squares)
+            index = torch.tensor(present, device=found.device)
+            found = torch.zeros_like(weights).index_copy(0, index, found.to(weights.dtype))
             share = torch.zeros_like(share).index_copy(0, index, share[index])
+        squares = (weights * found).mul_(found)  # weights are float64: squares of large norms do not overflow
         key = (optimizer, "applied" if applied else "true")
         state = self._states.get(key)
         if state is None:
-            self._states[key] = _Squares(plan.cells, squares * weights, share)
+            self._states[key] = _Squares(plan.cells, squares, share)
         else:
-            state.squares, state.updates = state.squares + squares * weights, state.updates + share
+            state.squares, state.updates = state.squares + squares, state.updates + share
 
     def collect(self) -> Sequence[Group]:
         states, self._states = self._states, {}
@@ -83,14 +85,19 @@ class GradientMonitor(Monitor):
                 np.divide(g.sums["squares"], g.sums["updates"], out=np.full(there.shape, np.nan), where=there)
                 for g, there in zip(groups.values(), seen)
             ]
-            norms = np.sqrt([s[there].sum() for s, there in zip(squares, seen)]).astype(np.float32)
+            totals = np.sqrt([s[there].sum() for s, there in zip(squares, seen)]).astype(np.float32)
             any_seen = np.array([there.any() for there in seen])
-            readings.append(Reading(signal, Cells.along("optimizer", groups), norms, any_seen))
+            readings.append(Reading(signal, self._optimizer_cells(tuple(groups)), totals, any_seen))
             if signal is _NORM:
                 cells = self._parameter_cells(tuple(g.cells for g in groups.values()))
                 values = np.sqrt(np.concatenate(squares)).astype(np.float32)
                 readings.append(Reading(_PARAMETER, cells, values, np.concatenate(seen)))
         return readings
+
+    def _optimizer_cells(self, names: tuple[str, ...]) -> Cells:
+        if names not in self._named:
+            self._named[names] = Cells.along("optimizer", names)
+        return self._named[names]
 
     def _parameter_cells(self, parts: tuple[Cells, ...]) -> Cells:
         """The cells of all optimizers in one; the same object while nothing changes, which keeps the log compact."""
@@ -119,8 +126,9 @@ class _Plan:
 
     def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and share on the device of the gradients, moved once."""
-        if self._weights.device != like.device or self._weights.dtype != like.dtype:
-            self._weights, self._share = self._weights.to(like), self._share.to(like)
+        if self._weights.device != like.device:
+            wide = torch.float32 if like.device.type == "mps" else torch.float64
+            self._weights, self._share = (t.to(like.device, wide) for t in (self._weights, self._share))
         return self._weights, self._share
 
 

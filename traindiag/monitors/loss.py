@@ -27,27 +27,25 @@ class LossMonitor(Monitor):
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
-        self._cells: dict[tuple[str, ...], Cells] = {}
-        self._counts: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._numbers: tuple[tuple[str, int], ...] = ()
+        self._cells = Cells.single()
+        self._count = torch.zeros(0)
 
     def loss(self, optimizer: str, value: Tensor) -> None:
-        self._values.setdefault(optimizer, []).append(value.float())
+        self._values.setdefault(optimizer, []).append(value)
 
     def collect(self) -> Sequence[Group]:
         values, self._values = self._values, {}
         if not values:
             return []
-        names = tuple(values)
-        cells = self._cells.setdefault(names, Cells.along("optimizer", names))
-        total = torch.stack([v[0] if len(v) == 1 else torch.stack(v).sum() for v in values.values()])
-        count = self._count(tuple(map(len, values.values())), total.device)
-        return [Group("value", cells, {"total": total, "count": count})]
-
-    def _count(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """The same numbers of micro-batches step after step: moved to the device once."""
-        if (numbers, device) not in self._counts:
-            self._counts = {(numbers, device): torch.tensor(numbers, dtype=torch.float32, device=device)}
-        return self._counts[numbers, device]
+        numbers = tuple((name, len(v)) for name, v in values.items())
+        device = next(iter(values.values()))[0].device
+        if numbers != self._numbers or self._count.device != device:  # the same step after step: made once
+            self._numbers, self._cells = numbers, Cells.along("optimizer", values)
+            self._count = torch.tensor([n for _, n in numbers], dtype=torch.float32, device=device)
+        totals = [_sum(v) for v in values.values()]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        return [Group("value", self._cells, {"total": total, "count": self._count})]
 
     def readings(self, states: Mapping[str, Reduced]) -> Sequence[Reading]:
         if (group := states.get("value")) is None:
@@ -55,3 +53,10 @@ class LossMonitor(Monitor):
         total, count = group.sums["total"], group.sums["count"]
         mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
         return [Reading(_LOSS, group.cells, mean.astype(np.float32), group.seen)]
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    """``[1]``; half precision is added up in float32."""
+    if len(values) == 1:
+        return values[0].reshape(1)
+    return torch.stack([v.reshape(()) for v in values]).float().sum().reshape(1)

@@ -55,7 +55,7 @@ class Cells:
     @classmethod
     def single(cls) -> Cells:
         """The one cell of a signal without axes."""
-        return cls((), ((),))
+        return _SINGLE
 
     @classmethod
     def along(cls, axis: str, names: Iterable[Coordinate]) -> Cells:
@@ -94,3 +94,7 @@ class Cells:
             raise ValueError(f"cells of axes {self.axes} and {other.axes} have no union")
         new = tuple(c for c in other.coordinates if c not in self.position)
         return self if not new else Cells(self.axes, self.coordinates + new)
+
+
+_SINGLE = Cells((), ((),))
+"""One object for all scalar readings: the same cells need no comparison."""

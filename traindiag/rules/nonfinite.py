@@ -50,10 +50,16 @@ class NonFinite(Rule):
     def update(self, frame: Frame) -> Sequence[Verdict]:
         if frame.lane == "slow":
             self._last_slow = frame.step
-        bad = {n: b for n, r in frame.readings.items() if (b := np.flatnonzero(r.seen & ~np.isfinite(r.values))).size}
-        if frame.readings.keys() & set(_FIRST):
+        bad = {}
+        for name, reading in frame.readings.items():
+            finite = np.isfinite(reading.values)
+            if not finite.all() and (at := np.flatnonzero(reading.seen & ~finite)).size:
+                bad[name] = at
+        if not frame.readings.keys().isdisjoint(_FIRST):
             self._streak = self._streak + 1 if bad else 0
         was = bool(self._bad)
+        if not bad and not was:
+            return ()
         self._bad = sorted((set(self._bad) - frame.readings.keys()) | bad.keys())
         if bad:
             return (self._verdict(frame, bad),)

@@ -47,10 +47,12 @@ class RuleSet:
 
     def update(self, frame: Frame) -> list[Verdict]:
         """Judges one frame."""
-        self._met |= frame.readings.keys()
+        signals = frame.readings.keys()
+        if not signals <= self._met:
+            self._met |= signals
         verdicts: list[Verdict] = []
         for rule in self.rules:
-            if rule.name in self.faults:
+            if rule.name in self.faults or (rule.signals and signals.isdisjoint(rule.signals)):
                 continue
             try:
                 verdicts += rule.update(frame)

@@ -85,7 +85,8 @@ class Spike(Rule):
         self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
         self.where, self.severity = where, severity
         self.name = name or f"{signal} spike" + ("" if where == "*" else f" at {where}")
-        self._table = CellTable(where, logs=(window, np.nan), count=0, active=False)
+        self._log_factor = float(np.log(factor))
+        self._table = CellTable(where, logs=(window, np.nan), recent=(RECENT, np.nan), count=0, active=False)
         self._has_signal = False
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
@@ -99,28 +100,27 @@ class Spike(Rule):
             return ()
         table = self._table
         values, seen = table.align(reading)
-        judged = seen & np.isfinite(values) & (values > 0)
+        judged = seen & (values > 0) & (values < np.inf)
         if not judged.any():
             return ()
-        now = np.full(values.shape, np.nan)
-        np.log(values, out=now, where=judged)
-        logs, count, was = table["logs"], table["count"], table["active"]
-        column = np.arange(len(count))
-        recent = logs[(count - 1 - np.arange(RECENT)[:, None]) % self.window, column]
+        now = np.log(np.where(judged, values, 1), dtype=np.float64)
+        logs, recent, count, was = table["logs"], table["recent"], table["count"], table["active"]
         # A value that is not `factor` times the smallest of them is no spike: medians are for the few left over.
-        least = np.fmin.reduce(recent, axis=0)
-        few = np.flatnonzero((count >= MIN_SAMPLES) & (now - least >= np.log(self.factor)))
+        suspect = now >= np.fmin.reduce(recent, axis=0) + self._log_factor
         median = np.full(values.shape, np.nan)
         spiking = np.zeros(values.shape, np.bool_)
-        if few.size:
+        if suspect.any() and (few := np.flatnonzero(suspect & judged & (count >= MIN_SAMPLES))).size:
             median[few] = np.nanmedian(recent[:, few], axis=0)
             oldest_first = logs[(count[few] + np.arange(self.window)[:, None]) % self.window, few]
             spread = 1.4826 / np.sqrt(2) * np.nanmedian(np.abs(np.diff(oldest_first, axis=0)), axis=0)
             above = now[few] - median[few]
             clear = (count[few] < JUDGED_BY_SPREAD) | (above >= self.z * spread)
-            spiking[few] = (above >= np.log(self.factor)) & clear
-        logs[count[judged] % self.window, column[judged]] = now[judged]
+            spiking[few] = (above >= self._log_factor) & clear
+        column = np.flatnonzero(judged)
+        logs[count[column] % self.window, column] = recent[count[column] % RECENT, column] = now[column]
         count += judged
+        if not (spiking.any() or was.any()):
+            return ()
         table["active"] = np.where(judged, spiking, was)
         if table["active"].any():
             told = np.flatnonzero(spiking)
@@ -133,8 +133,6 @@ class Spike(Rule):
                 f"of the last {min(int(count[at]) - 1, RECENT)} values{more(others)}"
             )
             return (self._verdict(frame, reading, value, at, usual * self.factor, evidence, others),)
-        if not was.any():
-            return ()
         at = int(np.flatnonzero(was)[0])
         evidence = f"{reading.signal.name} is back at {number(float(values[at]))}"
         return (self._verdict(frame, reading, float(values[at]), at, None, evidence, active=False),)

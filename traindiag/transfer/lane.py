@@ -149,6 +149,8 @@ class Lane:
         return self._ones[n]
 
     def _wide(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self._float and tensor.device == self.device:
+            return tensor
         return tensor.to(self.device, self._float, non_blocking=True)
 
     def _index(self, key: Key, slot: Slot, group: Group) -> Tensor | None:
