@@ -149,3 +149,17 @@ def test_a_bar_of_rich_stays_below(monkeypatch):
     (at,) = (i for i, line in enumerate(lines) if "WARNING" in line)
     assert "Epoch 0" not in lines[at]
     assert any("Epoch 0" in line for line in lines[at + 1 :])  # drawn again beneath
+
+
+def test_a_cause_is_explained_once_and_a_note_is_one_line() -> None:
+    stream = io.StringIO()
+    panel = TerminalPanel(stream)
+    later = {**ALERT.to_dict(), "id": "other", "rule": "another", "step": ALERT.step + 30}
+    panel.alerts([ALERT, Alert.from_dict(later)])
+    text = stream.getvalue()
+    assert text.count(ALERT.remedies[0].text[:20]) == 1
+    assert f"as told at step {ALERT.step}" in text
+    note = io.StringIO()
+    TerminalPanel(note).alerts([Alert.from_dict({**ALERT.to_dict(), "severity": "info"})])
+    assert len(note.getvalue().strip().splitlines()) == 1
+    assert note.getvalue().startswith("INFO")

@@ -115,7 +115,7 @@ class AlertBook:
             segment=frame.segment,
             step=frame.step,
             time=frame.time,
-            rank=verdict.rank,
+            rank=verdict.rank if frame.run.world_size > 1 else None,
             severity=verdict.severity,
             clock=clock,
             family=verdict.signal.split("/", 1)[0],

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from traindiag.alerts.alert import Alert
-from traindiag.alerts.text import render
+from traindiag.alerts.text import one_line, render
 from traindiag.record.coverage import Coverage
 from traindiag.record.series import Series
 
@@ -42,6 +43,7 @@ class TerminalPanel:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
+        self._explained: dict[tuple[str, tuple[str, ...]], int] = {}
 
     def start(self, coverage: Sequence[Coverage], links: Sequence[str] = ()) -> None:
         """Tells what is watched and, where there is a log, how to open it.
@@ -69,8 +71,18 @@ class TerminalPanel:
             self._print(Text(f"  {links[1]}"))
 
     def alerts(self, alerts: Iterable[Alert]) -> None:
-        """Prints one block an alert, one line where it closes."""
+        """Prints one block an alert; one line for a note, and where an event closes.
+
+        A cause and its remedies are told once a run: what follows refers back to the step.
+        """
         for alert in alerts:
+            explanation = (alert.cause, tuple(r.text for r in alert.remedies))
+            before = self._explained.get(explanation)
+            if before is not None and alert.remedies:
+                told = f"as told at step {before}, and so is what to do"
+                alert = replace(alert, cause=told, ruled_out=(), remedies=())
+            elif alert.severity != "info" and alert.status != "closed":
+                self._explained[explanation] = alert.step
             self._print(alert_block(alert, self._console().width))
 
     def note(self, text: str) -> None:
@@ -137,6 +149,10 @@ def alert_block(alert: Alert, width: int) -> Text:
     """The text of an alert with its severity in colour and its labels held back."""
     if alert.status == "closed":
         return Text.assemble(("CLOSED", _STYLES["closed"]), f"  {alert.title or alert.rule} (step {alert.step})")
+    if alert.severity == "info":
+        note = Text(one_line(alert))
+        note.stylize(_STYLES["info"], 0, len(alert.severity))
+        return note
     text = Text(render(alert, width))
     text.stylize("bold", 0, (text.plain + "\n").index("\n"))
     text.stylize(_STYLES[alert.severity], 0, len(alert.severity))
