@@ -173,3 +173,10 @@ def test_lines_agree_with_polyfit() -> None:
 def test_wrong_arguments_raise(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"limit must be|min_samples must be"):
         Forecast("user/x", **given)  # type: ignore[arg-type]
+
+
+def test_nothing_is_foretold_once_a_cell_has_passed_the_limit() -> None:
+    growing = FAILING[:6]  # foretold by itself ...
+    assert any(feed(Forecast("user/x", limit=1000.0), growing, every=10))
+    rule = Forecast("user/x", limit=1000.0)  # ... and not beside a cell that is there
+    assert not any(rule.update(frame(10 * i, reading([value, 2000.0]))) for i, value in enumerate(growing))

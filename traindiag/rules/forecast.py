@@ -180,6 +180,8 @@ class Forecast(Rule):
         table = self._table
         assert table.cells is not None
         active = table["active"]
+        if not self._open and (judged & (values >= self.limit)).any():
+            return ()  # some cell is there already: what is left to say is not a forecast
         if not active.any():
             if not self._open:
                 return ()
