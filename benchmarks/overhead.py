@@ -5,7 +5,7 @@ that every window with it holds exactly one sample. A ratio compares a window wi
 median over windows is reported with its quartiles, and next to it the same measurement with nothing to measure
 (``control``), which shows how much of the result is noise.
 
-    python benchmarks/overhead.py            # writes benchmarks/results/overhead.json
+    python -m benchmarks.overhead            # writes benchmarks/results/overhead.json
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.machine import machine
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.machine import machine
 from traindiag import TrainingDiagnostics
 from traindiag.demo.data import Windows, standard_library
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss

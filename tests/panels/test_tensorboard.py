@@ -186,8 +186,11 @@ def test_a_disk_that_fills_up_is_told_once_and_raises_nothing(tmp_path, monkeypa
     def full(data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sink._writer._async_writer._writer, "write", full)
+    writer = sink._writer._async_writer
+    monkeypatch.setattr(writer._writer, "write", full)
     play(panels)
+    writer._worker.join(timeout=10)  # its death belongs to this test and not to the next one
+    assert not writer._worker.is_alive()
     assert len(problems) == 1
     assert "No space left" in problems[0]
 

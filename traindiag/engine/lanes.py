@@ -97,8 +97,10 @@ class MonitorLane:
             except Exception as error:
                 self._contain(monitor, "collect", error)
         header = {f"fault:{name}": 1.0 for name in self._faults}
+        if self.name == "slow":  # the cadence is decided at samples only
+            header |= {"fast_cost": costs[0], "slow_cost": costs[1]}
         self._facts[step] = facts
-        self._lane.send(step, groups, {"fast_cost": costs[0], "slow_cost": costs[1], **header})
+        self._lane.send(step, groups, header)
 
     def receive(
         self, run: RunInfo, segment: int, patience: float | None = None

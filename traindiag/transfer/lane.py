@@ -58,6 +58,7 @@ class Lane:
         self._sent: _Sent | None = None
         # Metal has no float64; counts above 2^24 lose their last digits there
         self._float = torch.float32 if device.type == "mps" else torch.float64
+        self._silent = torch.zeros(len(self.header), dtype=self._float, device=device)
 
     @property
     def pending(self) -> bool:
@@ -98,13 +99,19 @@ class Lane:
     def _launch(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> _Sent:
         layout = self.layout or {}
         held_back = sum(1 for key, group in groups.items() if key not in layout or not layout[key].covers(group))
-        head = torch.tensor([held_back, *(header.get(h, 0.0) for h in self.header[1:])], dtype=self._float)
-        sums = torch.cat([head.to(self.device, non_blocking=True), *self._sum_parts(layout, groups)])
+        sums = torch.cat([self._head(held_back, header), *self._sum_parts(layout, groups)])
         keys = None
         if not self._sums_only:
             parts = list(self._key_parts(layout, groups, rank()))
             keys = torch.cat(parts) if parts else None
         return _Sent(step, groups, header, sums, keys)
+
+    def _head(self, held_back: int, header: Mapping[str, float]) -> Tensor:
+        """The header on the device; most steps have nothing to say in it."""
+        if not held_back and not header:
+            return self._silent
+        numbers = [float(held_back), *(header.get(name, 0.0) for name in self.header[1:])]
+        return torch.tensor(numbers, dtype=self._float).to(self.device, non_blocking=True)
 
     def _sum_parts(self, layout: Layout, groups: Mapping[Key, Group]) -> Iterable[Tensor]:
         for key, slot in layout.items():
