@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "traindiag.TrainingDiagnostics is a Lightning callback: run `pip install lightning`, or use "
+        "traindiag.Diagnostics, which watches any loop"
+    ) from error
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -88,6 +96,21 @@ class TrainingDiagnostics(Callback):
         self._restored: Mapping[str, Any] | None = None
         self._stepped = False
         self._losses: list[Tensor] = []
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> TrainingDiagnostics:
+        """The callback with settings from a file whose keys are the arguments above.
+
+        Values are plain data (``1e4`` is a number). A rule or monitor is ``- Threshold: {signal: loss/value, above:
+        5}``: names are those of traindiag, and of installed packages that offer them as entry points of the group
+        ``traindiag.plugins``, which is also where actions come from. Nothing else is imported.
+
+        Raises:
+            ValueError: With file, line, key, what was found and what was expected.
+            OSError: If the file cannot be read.
+        """
+        settings = Settings.from_yaml(path)
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(settings)})
 
     @property
     def alerts(self) -> list[Alert]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from traindiag.alerts.alert import Alert
 from traindiag.engine.schedule import Schedule
+from traindiag.engine.yaml_settings import read_settings
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
@@ -78,6 +80,20 @@ class Settings:
                     check_signal(signal, measured)
         _unique("monitor", [m.name for m in self.build_monitors()])
         _unique("rule", [r.name for r in self.build_rules()])
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Settings:
+        """Reads settings from a file of plain data and registered names; see :mod:`traindiag.engine.yaml_settings`.
+
+        Raises:
+            ValueError: With file, line, key, what was found and what was expected.
+            OSError: If the file cannot be read.
+        """
+        keywords = read_settings(path, cls)
+        try:
+            return cls(**keywords)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def build_monitors(self) -> list[Monitor]:
         """Default monitors that are not excluded, then the user's."""
