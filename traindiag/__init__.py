@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from traindiag.adapters.lightning import TrainingDiagnostics
     from traindiag.alerts.alert import Alert, Remedy
     from traindiag.engine.diagnostics import Diagnostics
+    from traindiag.engine.settings import Settings
     from traindiag.monitors.monitor import Monitor
     from traindiag.record.cells import Cell, Cells
     from traindiag.record.frame import Frame, Reading
@@ -43,6 +44,7 @@ __all__ = [
     "Rule",
     "RunInfo",
     "Series",
+    "Settings",
     "Signal",
     "Spike",
     "Threshold",
@@ -54,6 +56,7 @@ _HOMES = {
     "traindiag.adapters.lightning": ("TrainingDiagnostics",),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
     "traindiag.engine.diagnostics": ("Diagnostics",),
+    "traindiag.engine.settings": ("Settings",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.record.cells": ("Cell", "Cells"),
     "traindiag.record.frame": ("Frame", "Reading"),

@@ -35,7 +35,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> dict[str, Any]:
-    """Keyword arguments for ``target`` from a file; an empty file has none.
+    r"""Keyword arguments for ``target`` from a file; an empty file has none.
 
     A rule, monitor or action is a name, or a name with its arguments::
 
@@ -57,7 +57,7 @@ def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> d
         >>> from traindiag.engine.settings import Settings
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder) / "diagnostics.yaml"
-        ...     _ = file.write_text("max_overhead: 1e-2\\nrules: [{Spike: {signal: reward/kl}}]")
+        ...     _ = file.write_text("max_overhead: 1e-2\nrules: [{Spike: {signal: reward/kl}}]")
         ...     read_settings(file, Settings)["max_overhead"]
         0.01
     """
@@ -72,11 +72,11 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
             problem = "expected plain values, got a tag (!) or an alias (*)"
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[no-any-return,no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 # YAML 1.2's numbers; PyYAML follows 1.1, where an exponent needs both a point and a sign
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -133,6 +133,8 @@ class _File:
                 self._fail(node, at, f"expected one name with its arguments, got {len(node.value)} keys")
             key, arguments = node.value[0]
         name = self._plain(key, at)
+        if not isinstance(name, str):
+            self._fail(key, at, f"expected a name, or a name with its arguments, got {self._told(key)}")
         at = f"{at}.{name}"
         registered = self._registered(key, at, kind, name)
         keywords: dict[str, Any] = {}
@@ -147,15 +149,15 @@ class _File:
         except (ValueError, TypeError) as error:
             self._fail(key, at, str(error))
 
-    def _registered(self, key: yaml.Node, at: str, kind: str, name: object) -> Callable[..., Any]:
+    def _registered(self, key: yaml.Node, at: str, kind: str, name: str) -> Callable[..., Any]:
         if name in BUILT_IN[kind]:
-            return BUILT_IN[kind][str(name)]
+            return BUILT_IN[kind][name]
         plugins = {point.name: point for point in entry_points(group=PLUGINS)}
         if name in plugins:
-            found: Callable[..., Any] = plugins[str(name)].load()
+            found: Callable[..., Any] = plugins[name].load()
             return found
         known = [*BUILT_IN[kind], *plugins]
-        self._fail(key, at, f"unknown name {name!r}, expected {_one_of(known)}.{near(str(name), known)}")
+        self._fail(key, at, f"unknown name {name!r}, expected {_one_of(known)}.{near(name, known)}")
 
     def _pairs(self, node: yaml.Node, at: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
@@ -180,7 +182,7 @@ class _File:
 
     def _plain(self, node: yaml.Node, at: str) -> Any:
         try:
-            return self._loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+            return self._loader.construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError, TypeError) as error:  # no such date, a list as a key, ...
             self._fail(node, at, f"cannot be read: {getattr(error, 'problem', error)}")
 
@@ -195,7 +197,7 @@ class _File:
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(target.__init__ if isinstance(target, type) else target)
+        return get_type_hints(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
     except Exception:  # a plugin's types may exist for type checkers only; then its constructor decides
         return {}
 

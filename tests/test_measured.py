@@ -1,0 +1,38 @@
+"""Published numbers are those of the committed benchmarks, and those judged today's rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from traindiag.rules.default_pack import default_rules
+from traindiag.rules.rule_set import RuleSet
+
+ROOT = Path(__file__).parents[1]
+LEAD: dict[str, Any] = json.loads((ROOT / "benchmarks/results/demo_lead.json").read_text())
+UNSTABLE = [r for r in LEAD["runs"] if r["lr"] > 0.05]
+HEALTHY = [r for r in LEAD["runs"] if r["lr"] <= 0.05]
+
+
+def test_the_benchmark_judged_todays_rules() -> None:
+    assert RuleSet(default_rules()).digest() == LEAD["rules"], "run python -m benchmarks.demo_lead again"
+
+
+def test_every_unstable_seed_is_warned_at_least_twenty_steps_before_the_loss_shows_it() -> None:
+    assert len(UNSTABLE) == 5
+    assert min(r["lead"] for r in UNSTABLE) >= 20
+
+
+def test_healthy_seeds_are_silent() -> None:
+    assert len(HEALTHY) == 5
+    assert not any(r["events"].keys() & {"warning", "critical"} for r in HEALTHY)
+
+
+def test_readme_quotes_the_benchmark() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    leads, onsets = sorted(r["lead"] for r in UNSTABLE), sorted(r["onset"] for r in UNSTABLE)
+    quoted = re.search(r"first attention warning came (\d+) to (\d+) steps before .* \(steps (\d+) to (\d+)\)", text)
+    assert quoted is not None
+    assert [int(x) for x in quoted.groups()] == [leads[0], leads[-1], onsets[0], onsets[-1]]
