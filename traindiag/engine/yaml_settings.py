@@ -157,7 +157,8 @@ class _File:
             found: Callable[..., Any] = plugins[name].load()
             return found
         known = [*BUILT_IN[kind], *plugins]
-        self._fail(key, at, f"unknown name {name!r}, expected {_one_of(known)}.{near(name, known)}")
+        expected = _one_of(known) if known else f"what an installed package offers as entry point of {PLUGINS}"
+        self._fail(key, at, f"unknown name {name!r}, expected {expected}.{near(name, known)}")
 
     def _pairs(self, node: yaml.Node, at: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
@@ -229,4 +230,4 @@ def _words(hint: Any) -> str:
 
 
 def _one_of(names: Sequence[str]) -> str:
-    return f"one of {', '.join(names)}" if names else "none"
+    return f"one of {', '.join(names)}" if names else "nothing"
