@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,8 +21,9 @@ from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
 from traindiag.capture.taps import AttentionCall, AttentionTap
 from traindiag.capture.window import Capture
+from traindiag.engine.aside import Aside
 from traindiag.engine.judge import Judge
-from traindiag.engine.lanes import MonitorLane, StepFacts
+from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
 from traindiag.engine.outlet import Outlet
 from traindiag.engine.run_facts import run_facts, with_attention
@@ -30,7 +33,7 @@ from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
-from traindiag.record.frame import Frame
+from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.transfer.ranks import world_size
 
@@ -108,6 +111,7 @@ class Diagnostics:
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
         self._capture = Capture()
+        self._aside = Aside[list[_Heard]]()
 
         self._armed = False
         self._in_step = False
@@ -128,11 +132,13 @@ class Diagnostics:
     @property
     def alerts(self) -> list[Alert]:
         """Everything told so far, oldest first."""
+        self._aside.wait()
         return self._judge.alerts
 
     @property
     def history(self) -> History:
         """Every number measured so far, by signal."""
+        self._aside.wait()
         return self._judge.history
 
     @property
@@ -225,6 +231,13 @@ class Diagnostics:
     def before_backward(self) -> None:
         """The forward pass is over for now."""
         self._capture.pause()
+        self.judge_aside()
+
+    def judge_aside(self) -> None:
+        """Judges what the step before has shown beside the backward pass, which leaves the interpreter free."""
+        if not self._aside.busy and any(lane.pending for lane in self._lanes()):
+            run, told = self.run, self._told_coverage
+            self._aside.start(lambda: self._hear(run, told, aside=True))
 
     def after_backward(self) -> None:
         """More forward passes may come."""
@@ -303,6 +316,7 @@ class Diagnostics:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._aside.close()
             self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -442,39 +456,60 @@ class Diagnostics:
             learning_rates=dict(self._learning_rates),
             seconds_per_step=self._meter.seconds_per_step,
         )
-        costs = self._meter.recent_shares(self._schedule.cadence)
+        costs = self._meter.recent_shares(self._schedule.cadence) if self._sampling else (math.nan, math.nan)
         for lane in self._measuring():
             lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None) -> None:
-        for lane in self._lanes():
-            received = lane.receive(self.run, self.segment, patience)
-            if received is None:
-                continue
-            frame, costs = received
+        """Judges and tells what the step before has shown."""
+        try:
+            heard = self._aside.take(patience) if self._aside.busy else []
+        except FutureTimeoutError:  # it waits for a rank that will not answer
+            return
+        heard += self._hear(self.run, self._told_coverage, patience)
+        for lane, received, alerts in heard:
+            lane.settle(received)
             if lane is self._slow:
-                frame = self._after_sample(frame, *costs)
-            alerts = self._judge.hear(frame)
+                self._after_sample(received)
             if any(a.status == "opened" for a in alerts):
                 # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
-                self._schedule.open_burst(frame.step + 2)
-            self._outlet.frame(frame, alerts)
+                self._schedule.open_burst(received.frame.step + 2)
+            self._outlet.frame(received.frame, alerts)
 
-    def _after_sample(self, frame: Frame, fast_cost: float, slow_cost: float) -> Frame:
-        before = self._schedule.cadence
+    def _hear(self, run: RunInfo, told: bool, patience: float | None = None, *, aside: bool = False) -> list[_Heard]:
+        """Receives and judges, and leaves everything else to :meth:`_receive`, so that it can be done in any thread.
+
+        Args:
+            run: Facts of the run.
+            told: Whether a first sample has told of attention already.
+            patience: Seconds to wait for other ranks.
+            aside: Stop at a message that all ranks must answer: only the training thread starts collectives.
+        """
+        heard: list[_Heard] = []
+        for lane in self._lanes():
+            if aside and lane.pending and not lane.ready():
+                break
+            received = lane.receive(run, self.segment, patience)
+            if received is None:
+                continue
+            if lane is self._slow and not told and (seen := received.frame.readings.get("attention/max_logit")):
+                run = with_attention(run, seen)
+                received = replace(received, frame=replace(received.frame, run=run))
+            heard.append((lane, received, self._judge.hear(received.frame)))
+        return heard
+
+    def _after_sample(self, received: Received) -> None:
+        before, (fast_cost, slow_cost) = self._schedule.cadence, received.costs
         if self._schedule.account(fast_cost, slow_cost):
             self._meter.forget_samples()
             self._outlet.say(
                 f"sampling every {self._schedule.cadence} steps now, no longer every {before}: samples took "
                 f"{slow_cost:.1%} of the step time, all the rest {fast_cost:.1%}"
             )
-        if self._told_coverage:
-            return frame
-        self._told_coverage = True
-        if (reading := frame.readings.get("attention/max_logit")) is not None:
-            self.run = with_attention(self.run, reading)
-        self._outlet.coverage(self.run, self.coverage, frame.step)
-        return replace(frame, run=self.run)
+        if not self._told_coverage:
+            self._told_coverage = True
+            self.run = received.frame.run
+            self._outlet.coverage(self.run, self.coverage, received.frame.step)
 
     def _refuse_loss(self, value: object) -> None:
         if self._refused_loss:
@@ -494,6 +529,9 @@ def _shared_run_id() -> str:
     return identifier[0]
 
 
+_Heard = tuple[MonitorLane, Received, list[Alert]]
+
+
 class Step:
     """One step of a loop that is yours, from :meth:`Diagnostics.step`."""
 
@@ -503,6 +541,7 @@ class Step:
     def loss(self, value: Tensor, optimizer: str | None = None) -> Tensor:
         """Takes the loss of one micro-batch, before any division by the accumulation, and gives it back."""
         self._diagnostics.loss(value, optimizer)
+        self._diagnostics.judge_aside()
         return value
 
     def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:

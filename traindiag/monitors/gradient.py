@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from traindiag.capture.watched import Watched
@@ -80,18 +81,15 @@ class GradientMonitor(Monitor):
             groups = {key.split(":", 1)[1]: g for key, g in states.items() if key.startswith(f"{kind}:")}
             if not groups:
                 continue
-            seen = [g.sums["updates"] > 0 for g in groups.values()]
-            squares = [
-                np.divide(g.sums["squares"], g.sums["updates"], out=np.full(there.shape, np.nan), where=there)
-                for g, there in zip(groups.values(), seen)
-            ]
-            totals = np.sqrt([s[there].sum() for s, there in zip(squares, seen)]).astype(np.float32)
+            squares, seen = zip(*(_mean_squares(g) for g in groups.values()))
+            totals = np.sqrt([s.sum(where=there) for s, there in zip(squares, seen)], dtype=np.float32)
             any_seen = np.array([there.any() for there in seen])
             readings.append(Reading(signal, self._optimizer_cells(tuple(groups)), totals, any_seen))
             if signal is _NORM:
                 cells = self._parameter_cells(tuple(g.cells for g in groups.values()))
-                values = np.sqrt(np.concatenate(squares)).astype(np.float32)
-                readings.append(Reading(_PARAMETER, cells, values, np.concatenate(seen)))
+                several = len(squares) > 1
+                values = np.sqrt(np.concatenate(squares) if several else squares[0]).astype(np.float32)
+                readings.append(Reading(_PARAMETER, cells, values, np.concatenate(seen) if several else seen[0]))
         return readings
 
     def _optimizer_cells(self, names: tuple[str, ...]) -> Cells:
@@ -108,6 +106,15 @@ class GradientMonitor(Monitor):
             together: tuple[Coordinates, ...] = sum((p.coordinates for p in parts), ())
             self._joined = (parts, Cells(_PARAMETER.axes, together))
         return self._joined[1]
+
+
+def _mean_squares(group: Reduced) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Over the updates of a step, NaN where there was none; and where there was one."""
+    squares, updates = group.sums["squares"], group.sums["updates"]
+    seen = updates > 0
+    if seen.all():
+        return squares / updates, seen
+    return np.divide(squares, updates, out=np.full(seen.shape, np.nan), where=seen), seen
 
 
 class _Plan:
