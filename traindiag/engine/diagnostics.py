@@ -237,7 +237,7 @@ class Diagnostics:
         """Judges what the step before has shown beside the backward pass, which leaves the interpreter free."""
         if not self._aside.busy and any(lane.pending for lane in self._lanes()):
             run, told = self.run, self._told_coverage
-            self._aside.start(lambda: self._hear(run, told, aside=True))
+            self._aside.start(lambda: self._hear_aside(run, told))
 
     def after_backward(self) -> None:
         """More forward passes may come."""
@@ -475,6 +475,10 @@ class Diagnostics:
                 # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
                 self._schedule.open_burst(received.frame.step + 2)
             self._outlet.frame(received.frame, alerts)
+
+    def _hear_aside(self, run: RunInfo, told: bool) -> list[_Heard]:
+        self._outlet.write_due()
+        return self._hear(run, told, aside=True)
 
     def _hear(self, run: RunInfo, told: bool, patience: float | None = None, *, aside: bool = False) -> list[_Heard]:
         """Receives and judges, and leaves everything else to :meth:`_receive`, so that it can be done in any thread.
