@@ -258,7 +258,7 @@ class Diagnostics:
                 return
             name = optimizer or next(iter(self.watched.optimizers))
             scalar = value.detach()
-            self._fast.each(lambda m: m.loss(name, scalar), "loss")
+            self._fast.each("loss", name, scalar)
 
     def gradients(
         self, optimizer: str | None = None, *, applied: bool = False, scale: Tensor | float | None = None
@@ -275,7 +275,7 @@ class Diagnostics:
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
                 for lane in self._measuring():
-                    lane.each(lambda m, n=name: m.gradients(n, applied=applied, scale=scale), "gradients")  # type: ignore[misc]
+                    lane.each("gradients", name, applied=applied, scale=scale)
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
@@ -366,7 +366,7 @@ class Diagnostics:
         """Installs what a run needs, before its first step or when a loop goes on after an exception."""
         taps: list[AttentionTap] = []
         for lane in self._lanes():
-            lane.each(lambda m: m.prepare(self.watched), "prepare")
+            lane.each("prepare", self.watched)
             for monitor in lane.working():
                 with lane.contained(monitor, "taps"):
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
@@ -386,7 +386,7 @@ class Diagnostics:
         self._ordered = True
         self.watched = self.watched.in_order(self._capture.forward_order)
         for lane in self._lanes():
-            lane.each(lambda m: m.prepare(self.watched), "prepare")
+            lane.each("prepare", self.watched)
 
     def _live_on_hooks(self) -> None:
         self._steps_end_with_updates = True
@@ -439,7 +439,7 @@ class Diagnostics:
             self._updated.add(name)
             self._seen_gradients.discard(name)
             for lane in self._measuring():
-                lane.each(lambda m: m.updated(name), "updated")
+                lane.each("updated", name)
         if self._steps_end_with_updates and len(self.watched.optimizers) == 1:
             self.end()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -70,18 +71,31 @@ class MonitorLane:
         self._all = list(monitors)
         self.off: dict[str, str] = {}
         self._strict, self._report = strict, report
+        self._interested: dict[str, list[Monitor]] = {}
         self._faults: dict[str, str] = {}
         self._facts: dict[int, StepFacts] = {}
         faults = [f"fault:{n}" for n in self.monitors]
         self._lane = Lane(device, ["fast_cost", "slow_cost", *faults], sums_only=name == "fast")
 
-    def each(self, event: Callable[[Monitor], None], what: str) -> None:
-        """Tells every working monitor of an event."""
-        for monitor in self.working():
-            try:
-                event(monitor)
-            except Exception as error:
-                self._contain(monitor, what, error)
+    def each(self, event: str, *args: Any, **keywords: Any) -> None:
+        """Tells every working monitor that takes an interest in an event of it.
+
+        Args:
+            event: Name of a method of :class:`~traindiag.monitors.monitor.Monitor`.
+            args: Its arguments.
+            keywords: Its keyword arguments.
+        """
+        interested = self._interested.get(event)
+        if interested is None:
+            default = getattr(Monitor, event)
+            interested = [m for m in self._all if getattr(type(m), event) is not default]
+            self._interested[event] = interested
+        for monitor in interested:
+            if self.works(monitor):
+                try:
+                    getattr(monitor, event)(*args, **keywords)
+                except Exception as error:
+                    self._contain(monitor, event, error)
 
     def working(self) -> list[Monitor]:
         if not (self.off or self._faults):

@@ -55,12 +55,14 @@ class GradientMonitor(Monitor):
         if scale is not None:
             found = found / scale
         weights, share = plan.on(found)
+        squares = found.to(share.dtype).square_()  # in float64, where the squares of large norms do not overflow
         if len(gradients) < len(plan.parameters):
             present = [i for i, p in enumerate(plan.parameters) if p.grad is not None]
             index = torch.tensor(present, device=found.device)
-            found = torch.zeros_like(weights).index_copy(0, index, found.to(weights.dtype))
+            squares = torch.zeros_like(share).index_copy(0, index, squares)
             share = torch.zeros_like(share).index_copy(0, index, share[index])
-        squares = (weights * found).mul_(found)  # weights are float64: squares of large norms do not overflow
+        if weights is not None:
+            squares *= weights
         key = (optimizer, "applied" if applied else "true")
         state = self._states.get(key)
         if state is None:
@@ -120,7 +122,9 @@ def _mean_squares(group: Reduced) -> tuple[NDArray[np.float64], NDArray[np.bool_
 class _Plan:
     """The parameters of an optimizer, and how much of each this rank counts."""
 
-    def __init__(self, cells: Cells, parameters: Sequence[nn.Parameter], weights: Tensor, share: Tensor) -> None:
+    def __init__(
+        self, cells: Cells, parameters: Sequence[nn.Parameter], weights: Tensor | None, share: Tensor
+    ) -> None:
         self.cells, self.parameters = cells, tuple(parameters)
         self._weights, self._share = weights, share
 
@@ -129,13 +133,16 @@ class _Plan:
         ranks = world_size()
         cells = Cells(_PARAMETER.axes, tuple((optimizer, name) for name, _ in parameters))
         weights = torch.tensor([1 / replicas(p, ranks) for _, p in parameters], dtype=torch.float64)
-        return cls(cells, [p for _, p in parameters], weights, torch.full_like(weights, 1 / ranks))
+        share = torch.full_like(weights, 1 / ranks)
+        return cls(cells, [p for _, p in parameters], weights if ranks > 1 else None, share)
 
-    def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and share on the device of the gradients, moved once."""
-        if self._weights.device != like.device:
+    def on(self, like: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Weights, None for ones, and share on the device of the gradients, moved once."""
+        if self._share.device != like.device:
             wide = torch.float32 if like.device.type == "mps" else torch.float64
-            self._weights, self._share = (t.to(like.device, wide) for t in (self._weights, self._share))
+            self._share = self._share.to(like.device, wide)
+            if self._weights is not None:
+                self._weights = self._weights.to(like.device, wide)
         return self._weights, self._share
 
 
