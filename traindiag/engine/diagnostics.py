@@ -117,6 +117,7 @@ class Diagnostics:
         self._in_step = False
         self._sampling = False
         self._told_coverage = False
+        self._told_backoff = False
         self._ordered = False
         self._refused_loss = False
         self._steps_end_with_updates = False
@@ -506,10 +507,13 @@ class Diagnostics:
         before, (fast_cost, slow_cost) = self._schedule.cadence, received.costs
         if self._schedule.account(fast_cost, slow_cost):
             self._meter.forget_samples()
-            self._outlet.say(
-                f"sampling every {self._schedule.cadence} steps now, no longer every {before}: samples took "
-                f"{slow_cost:.1%} of the step time, all the rest {fast_cost:.1%}"
-            )
+            if not self._told_backoff:  # once: it goes up and down with the load of the machine
+                self._told_backoff = True
+                self._outlet.say(
+                    f"samples took {slow_cost:.1%} of the step time and all the rest {fast_cost:.1%}: sampling every "
+                    f"{self._schedule.cadence} steps now, no longer every {before}, to stay below "
+                    f"max_overhead={self.settings.max_overhead}; it adapts from here on without a word"
+                )
         if not self._told_coverage:
             self._told_coverage = True
             self.run = received.frame.run
