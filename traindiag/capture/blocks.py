@@ -11,8 +11,6 @@ from torch.nn.utils import parametrize
 from traindiag.capture.names import unwrapped
 from traindiag.capture.watched import Watched
 
-_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -30,9 +28,9 @@ class Stack:
 def stacks_of(model: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Lists of at least two blocks of one class in a model, wrappers taken off, in the order of the model.
 
-    A list inside a block (experts, branches) is not one of its own, except where the blocks are stages: each of them
-    holds such a list, and no two have the same number of parameters. Where blocks with layers inside are found,
-    lists of bare layers are left out.
+    A list inside a block (experts, branches) is not one of its own, except where the blocks are stages: at least three,
+    each with such a list inside, no two with the same number of parameters. Where blocks with layers inside are
+    found, lists of bare layers are left out.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]
@@ -102,13 +100,17 @@ def _stacks(module: nn.Module, seen: set[int]) -> Iterator[tuple[nn.Module, ...]
 
 
 def _are_blocks(module: nn.Module, children: tuple[nn.Module, ...]) -> bool:
+    if isinstance(module, nn.ModuleDict):
+        counted = all(key.isdigit() for key in module)  # by name it holds models or heads, side by side
+    else:
+        counted = isinstance(module, (nn.ModuleList, nn.Sequential))
     one_kind = len({type(child) for child in children}) == 1
-    return isinstance(module, _LISTS) and len(children) > 1 and one_kind and all(map(_holds_parameters, children))
+    return counted and one_kind and len(children) > 1 and all(map(_holds_parameters, children))
 
 
 def _are_stages(blocks: tuple[nn.Module, ...], inside: list[list[tuple[nn.Module, ...]]]) -> bool:
     sizes = {sum(p.numel() for p in block.parameters()) for block in blocks}
-    return all(inside) and len(sizes) == len(blocks)
+    return all(inside) and len(blocks) > 2 and len(sizes) == len(blocks)
 
 
 def _holds_parameters(module: nn.Module) -> bool:

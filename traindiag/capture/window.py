@@ -272,7 +272,7 @@ class Capture:
 
     def _show(self, module: nn.Module, output: object) -> None:
         name, taps = self._module_taps[id(module)]
-        with torch.no_grad(), torch_private.without_modes():
+        with torch_private.without_modes(), torch.no_grad():
             activation = activation_of(output)
             if activation is None:
                 self._refused_modules.setdefault(name, "returns no floating-point tensor of two or more dimensions")

@@ -103,13 +103,11 @@ def _evenly(x: Tensor, rows: int) -> Tensor:
 
     The dimension of which most is left is thinned by half until few enough remain.
     """
-    steps = [1] * (x.ndim - 1)
-
-    def kept(d: int) -> int:
-        return -(-(x.shape[d] - steps[d] // 2) // steps[d])
-
-    while math.prod(kept(d) for d in range(len(steps))) > rows:
-        steps[max(range(len(steps)), key=kept)] *= 2
+    kept, steps = list(x.shape[:-1]), [1] * (x.ndim - 1)
+    while math.prod(kept) > rows:
+        d = kept.index(max(kept))
+        steps[d] *= 2
+        kept[d] = -(-(x.shape[d] - steps[d] // 2) // steps[d])
     for d, step in enumerate(steps):
         if step > 1:
             x = x[(slice(None),) * d + (slice(step // 2, None, step),)]
