@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def kurtosis(rows: np.ndarray) -> float:
-    """As the paper writes it, of ``[rows, features]``: second moment of the features' mean squares over their mean."""
+    """As the paper writes it, of ``[rows, features]``: mean square of the features' mean squares over their mean."""
     mean_squares = np.array([np.mean(rows[:, j] ** 2) for j in range(rows.shape[1])])
     return float(np.mean(mean_squares**2) / np.mean(mean_squares) ** 2)
 

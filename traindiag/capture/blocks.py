@@ -28,9 +28,9 @@ class Stack:
 def stacks_of(model: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Lists of at least two blocks of one class in a model, wrappers taken off, in the order of the model.
 
-    A list inside a block (experts, branches) is not one of its own, except where the blocks are stages: at least three,
-    each with such a list inside, no two with the same number of parameters. Where blocks with layers inside are
-    found, lists of bare layers are left out.
+    A list inside a block (experts, branches) is not one of its own, except where the blocks are stages: at least
+    three, each with such a list inside, no two with the same number of parameters. Where blocks with layers inside
+    are found, lists of bare layers are left out.
 
     Example:
         >>> blocks = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]

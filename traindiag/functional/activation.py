@@ -38,7 +38,7 @@ class ActivationStatistics(NamedTuple):
     weighted_kurtosis: Tensor
 
 
-def activation_statistics(x: Tensor, *, rows: int = 1024) -> ActivationStatistics:
+def activation_statistics(x: Tensor, *, rows: int = 256) -> ActivationStatistics:
     """States from which size, outliers, dead and broken values of an activation are computed.
 
     RMS and maximum are of all values; they cost one read each and no copy. The others are of rows evenly spaced over
@@ -56,7 +56,7 @@ def activation_statistics(x: Tensor, *, rows: int = 1024) -> ActivationStatistic
     Args:
         x: ``[..., features]``, floating point, at least one dimension. Squares of values above 1.8e19 overflow in
             fp32: the sums are then infinite.
-        rows: Rows looked at one by one, at most; fewer where there are more than 1024 features.
+        rows: Rows looked at one by one, at most; fewer where there are more than 4096 features.
 
     Raises:
         ValueError: If ``x`` has no dimension or is not floating point, or ``rows`` is below 1.

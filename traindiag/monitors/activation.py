@@ -54,7 +54,7 @@ class ActivationMonitor(Monitor):
     lane = "slow"
     signals = tuple(BY_NAME[f"activation/{n}"] for n in _NAMES)
 
-    def __init__(self, modules: Sequence[str] = (), *, rows: int = 1024) -> None:
+    def __init__(self, modules: Sequence[str] = (), *, rows: int = 256) -> None:
         if isinstance(modules, str):
             raise TypeError(f"modules is a list of names or globs, got the string {modules!r}")
         if rows < 1:
