@@ -1,6 +1,6 @@
 """Draws the README's picture: one demo run, what it told and what its loss showed.
 
-    python -m benchmarks.demo_picture            # writes docs/demo.svg
+python -m benchmarks.demo_picture            # writes docs/demo.svg
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def draw(story: Story, steps: np.ndarray, ranges: np.ndarray, path: Path) -> Non
     assert onset is not None
     assert warning is not None
     plt.rcParams.update({"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "demo", "axes.spines.top": False})
-    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 4.6), height_ratios=(3, 2), layout="constrained")
+    figure, (above, below) = plt.subplots(
+        2, sharex=True, figsize=(9, 4.6), height_ratios=(3, 2), layout="constrained"
+    )
     x = np.arange(len(story.outcome.losses))
     above.fill_between(x, np.array(band.upper) + band.margin, 1.9, color=HEALTHY, alpha=0.3, lw=0)
     above.plot(x, smooth(story.outcome.losses, band.window), color=LOSS, lw=1.8)

@@ -39,7 +39,8 @@ MODELS = {
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "control": None,
     "default": {},
-    "fast lane only": {"exclude": ["attention"]},
+    "without activations": {"exclude": ["activation"]},
+    "fast lane only": {"exclude": ["attention", "activation"]},
     "every step": {"every_n_steps": 1},
     "exact attention": {"exact": True},
 }

@@ -38,7 +38,8 @@ def test_neutral(variant: str, exact: bool) -> None:
     diagnostics = TrainingDiagnostics(every_n_steps=2, exact=exact, strict=True, terminal=False)
     with_it = fit([diagnostics], **options)
     assert without.equals(with_it)
-    assert diagnostics.history["attention/max_logit"].steps.tolist() == [0, 2, 4]  # it did look
+    for signal in ("attention/max_logit", "activation/rms"):
+        assert diagnostics.history[signal].steps.tolist() == [0, 2, 4]  # it did look
 
 
 def test_the_comparison_can_fail() -> None:

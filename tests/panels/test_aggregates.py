@@ -37,6 +37,8 @@ def test_a_slow_frame_becomes_its_worst_cell_and_where_useful_its_median():
             reading("attention/max_logit", [1, 9, 3, 100], HEADS, [True, True, True, False]),
             reading("attention/entropy", [2, 1, 3, 4], HEADS),
             reading("attention/query_norm", [2, 1, 3, 4], HEADS),
+            reading("activation/max", [5, 7], Cells.along("layer", ("a", "b"))),
+            reading("activation/rms", [2, 1], Cells.along("layer", ("a", "b"))),
             rates={"adam": 0.5},
         )
     )
@@ -46,6 +48,8 @@ def test_a_slow_frame_becomes_its_worst_cell_and_where_useful_its_median():
         "diag_attention/entropy_min": 1,
         "diag_attention/entropy_median": 2.5,
         "diag_attention/query_norm_max": 4,
+        "diag_activation/max": 7,
+        "diag_activation/rms_max": 2,
         "diag_optimizer/learning_rate": 0.5,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from traindiag.record.coverage import Coverage, Sight
 NO_CALL = "no attention call was seen in its training forward pass"
 NOT_SAMPLED = "not sampled yet"
 COMPILED = "compiled: attention not seen"
+COMPILED_MODULE = "compiled: outputs of modules not seen"
+NOT_CALLED = "did not return in a training forward pass"
 
 _ELSEWHERE = ("flex", "flash", "kernels", "paged")
 """Beginnings of ``config._attn_implementation`` whose kernels show neither queries nor scores."""
@@ -67,6 +69,37 @@ def attention_coverage(
         reason = _reason(module, modules, hidden) or (NO_CALL if sampled else NOT_SAMPLED)
         rows.setdefault(("unseen", reason), []).append(name)
     return tuple(Coverage("attention", sight, tuple(places), reason) for (sight, reason), places in rows.items())
+
+
+def module_coverage(
+    family: str,
+    modules: Sequence[str],
+    seen: Collection[str],
+    refused: Mapping[str, str],
+    compiled: Collection[str],
+    *,
+    sampled: bool,
+) -> tuple[Coverage, ...]:
+    """One row for the modules that were seen, and one for every reason why others were not.
+
+    Args:
+        family: Family of the signals that are measured there.
+        modules: Names of the modules to look at.
+        seen: Those that returned something that could be looked at.
+        refused: Reason by module where it could not.
+        compiled: Those inside compiled parts.
+        sampled: Whether a window has been open.
+    """
+    rows: dict[tuple[Sight, str], list[str]] = {}
+    for name in modules:
+        if name in seen:
+            sight: tuple[Sight, str] = ("exact", "")
+        elif name in compiled:
+            sight = ("unseen", COMPILED_MODULE)
+        else:
+            sight = ("unseen", refused.get(name, NOT_CALLED if sampled else NOT_SAMPLED))
+        rows.setdefault(sight, []).append(name)
+    return tuple(Coverage(family, sight, tuple(places), reason) for (sight, reason), places in rows.items())
 
 
 def _reason(module: nn.Module, modules: Mapping[str, nn.Module], hidden: Mapping[str, str]) -> str | None:

@@ -105,6 +105,19 @@ def watch(
     )
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What stands inside all wrappers around a module; a module that is no wrapper is its own.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> unwrapped(nn.DataParallel(layer)) is layer
+        True
+    """
+    while (child := _wrapped_child(module)) is not None:
+        module = module._modules[child]  # type: ignore[assignment]
+    return module
+
+
 def _wrapped_child(module: nn.Module) -> str | None:
     for kind in type(module).__mro__:
         child = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")

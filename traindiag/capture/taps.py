@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,4 +45,31 @@ class AttentionTap:
     observe: Callable[[AttentionCall], None]
 
 
-Tap = AttentionTap
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of a module, seen when it returns. Detached; keep nothing of it.
+
+    Args:
+        layer: Name of the module.
+        output: ``[..., features]``, the first floating-point tensor of two or more dimensions that it returned, with
+            the features moved last where a convolution has them in dimension 1.
+    """
+
+    layer: str
+    output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTap:
+    """Calls ``observe`` with every call of these modules in a sampled training step.
+
+    Args:
+        modules: Names of watched modules.
+        observe: Takes the call.
+    """
+
+    modules: Sequence[str]
+    observe: Callable[[ModuleCall], None]
+
+
+Tap = AttentionTap | ModuleTap

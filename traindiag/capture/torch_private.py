@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -81,6 +82,12 @@ def compiled_wrappers() -> list[nn.Module]:
     if eval_frame is None:
         return []
     return [o for o in gc.get_objects() if type(o) is eval_frame.OptimizedModule]
+
+
+def without_modes() -> AbstractContextManager[None]:
+    """Nothing done inside reaches a function mode, ours or the program's."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
 
 
 def remove_mode(mode: TorchFunctionMode) -> int | None:

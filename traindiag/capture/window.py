@@ -30,8 +30,9 @@ from traindiag.capture.attention import (
     multi_head_arguments,
     run,
 )
-from traindiag.capture.coverage import COMPILED, attention_coverage, hidden_attention
-from traindiag.capture.taps import AttentionCall, Tap
+from traindiag.capture.coverage import COMPILED, attention_coverage, hidden_attention, module_coverage
+from traindiag.capture.outputs import activation_of, features_last
+from traindiag.capture.taps import AttentionCall, AttentionTap, ModuleCall, ModuleTap, Tap
 from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage, Sight
 
@@ -48,7 +49,7 @@ class _Running:
 
 
 class Capture:
-    """Shows the attention calls of watched modules to the taps, without changing a bit of the run.
+    """Shows the attention calls and outputs of watched modules to the taps, without changing a bit of the run.
 
     ``prepare`` before the first call of the model; then per sampled step ``open``, ``pause`` and ``resume`` around
     every backward pass, ``close``. All of them may be called twice, and ``close`` cleans up after any exception.
@@ -56,14 +57,18 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self._taps: tuple[Tap, ...] = ()
+        self._attention_taps: tuple[AttentionTap, ...] = ()
+        self._module_taps: dict[int, tuple[str, list[ModuleTap]]] = {}
         self._watched: Watched | None = None
         self._names: dict[int, str] = {}
         self._closed_modules: set[int] | None = None
+        self._compiled_modules: frozenset[int] = frozenset()
         self._eager_modules: list[nn.Module] | None = None
         self._hidden: dict[str, str] = {}
         self._seen: dict[str, tuple[Sight, str]] = {}
         self._refused: dict[str, str] = {}
+        self._seen_modules: set[str] = set()
+        self._refused_modules: dict[str, str] = {}
         self._order: dict[str, None] = {}
         self._transparent: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -78,11 +83,18 @@ class Capture:
     def prepare(self, watched: Watched, taps: Sequence[Tap]) -> None:
         """Says what to watch and whom to tell; closes the window if it is open."""
         self.close()
-        self._watched, self._taps = watched, tuple(taps)
+        self._watched = watched
+        self._attention_taps = tuple(tap for tap in taps if isinstance(tap, AttentionTap))
+        self._module_taps = {}
+        for tap in (tap for tap in taps if isinstance(tap, ModuleTap)):
+            for name in tap.modules:
+                self._module_taps.setdefault(id(watched.modules[name]), (name, []))[1].append(tap)
         self._names = {id(m): n for n, m in watched.modules.items()}
         self._closed_modules = None
         self._seen.clear()
         self._refused.clear()
+        self._seen_modules.clear()
+        self._refused_modules.clear()
         self._order.clear()
         self._sampled = False
 
@@ -98,6 +110,16 @@ class Capture:
         self._find_hidden()
         return attention_coverage(
             self._watched.modules, self._seen, self._refused, self._hidden, sampled=self._sampled
+        )
+
+    def module_coverage(self, family: str, modules: Sequence[str]) -> tuple[Coverage, ...]:
+        """What the windows so far have seen of the outputs of ``modules``, for the signals of ``family``."""
+        if self._watched is None:
+            return ()
+        self._find_hidden()
+        compiled = {name for name in modules if id(self._watched.modules[name]) in self._compiled_modules}
+        return module_coverage(
+            family, modules, self._seen_modules, self._refused_modules, compiled, sampled=self._sampled
         )
 
     def open(self) -> None:
@@ -172,13 +194,16 @@ class Capture:
             known = self._transparent[module] = next(module.parameters(), None) is None
         return known
 
-    def _leave(self, module: nn.Module, *_: object) -> None:
+    def _leave(self, module: nn.Module, _: object, output: object) -> None:
         if torch.compiler.is_compiling() or self._looks_away():
             return
         at = next((i for i in reversed(range(len(self._stack))) if self._stack[i].module is module), None)
         if at is not None:  # a module whose call began before the window is not on the stack
+            trains = self._stack[at].trains
             del self._stack[at:]
             self._set_mode()
+            if trains and id(module) in self._module_taps:
+                self._show(module, output)
 
     def _looks_away(self) -> bool:
         return not self._open or self._paused or threading.get_ident() != self._thread or torch_private.in_backward()
@@ -251,8 +276,22 @@ class Capture:
             sight = ("bound", "fused kernel without log-sum-exp: some rows are computed, the others bounded by norms")
         if self._seen.get(call.layer, sight)[0] != "bound" or sight[0] == "bound":
             self._seen[call.layer] = sight
-        for tap in self._taps:
+        for tap in self._attention_taps:
             tap.observe(call)
+
+    def _show(self, module: nn.Module, output: object) -> None:
+        name, taps = self._module_taps[id(module)]
+        with torch_private.without_modes(), torch.no_grad():
+            activation = activation_of(output)
+            if activation is None:
+                self._refused_modules.setdefault(name, "returns no floating-point tensor of two or more dimensions")
+            elif not torch_private.is_plain(activation):
+                self._refused_modules.setdefault(name, f"returns a {type(activation).__name__}, which is not read")
+            else:
+                self._seen_modules.add(name)
+                call = ModuleCall(name, features_last(module, activation.detach()))
+                for tap in taps:
+                    tap.observe(call)
 
     def _refuse(self, layer: str, reason: str) -> None:
         self._refused.setdefault(layer, reason)
@@ -284,6 +323,7 @@ class Capture:
         for root in roots:
             self._closed_modules |= {id(m) for m in root.modules() if not closed.isdisjoint(map(id, m.modules()))}
         self._eager_modules = None
+        self._compiled_modules = frozenset(compiled)
         if compiled or wrappers:
             every = {id(m): m for root in roots for m in root.modules()}
             self._eager_modules = [m for i, m in every.items() if i not in compiled]

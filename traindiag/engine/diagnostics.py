@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
-from traindiag.capture.taps import AttentionCall, AttentionTap
+from traindiag.capture.taps import ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
 from traindiag.engine.judge import Judge
@@ -145,8 +145,16 @@ class Diagnostics:
     @property
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, family by family, with reasons."""
-        looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
-        return coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
+        monitors = [m for lane in self._lanes() for m in lane.monitors.values()]
+        attention = self._capture.coverage() if any(m.family == "attention" for m in monitors) else None
+        modules = [
+            row
+            for m in monitors
+            for tap in m.taps()
+            if isinstance(tap, ModuleTap)
+            for row in self._capture.module_coverage(m.family, tap.modules)
+        ]
+        return coverage_of(attention, modules, self.watched, self.history)
 
     @property
     def overhead(self) -> float:
@@ -365,7 +373,7 @@ class Diagnostics:
 
     def _arm(self) -> None:
         """Installs what a run needs, before its first step or when a loop goes on after an exception."""
-        taps: list[AttentionTap] = []
+        taps: list[Tap] = []
         for lane in self._lanes():
             lane.each("prepare", self.watched)
             for monitor in lane.working():
@@ -403,13 +411,13 @@ class Diagnostics:
             self._handles.append(model.register_forward_pre_hook(before_forward))
             self._handles.append(model.register_forward_hook(after_forward, always_call=True))
 
-    def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: AttentionTap) -> AttentionTap:
-        def observe(call: AttentionCall) -> None:
+    def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: Tap) -> Tap:
+        def observe(call: Any) -> None:
             if lane.works(monitor):
                 with self._meter, lane.contained(monitor, f"observe at {call.layer}"):
                     tap.observe(call)
 
-        return AttentionTap(observe)
+        return replace(tap, observe=observe)
 
     def _begin_step(self) -> None:
         if not self._armed:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
 
+from traindiag.capture.blocks import stacks_of
 from traindiag.capture.watched import Watched
 from traindiag.record.frame import Reading
 from traindiag.record.run_info import OptimizerInfo, RunInfo
@@ -110,15 +111,8 @@ def _warmup(scheduler: LRScheduler) -> int | None:
 
 
 def _depth(models: Sequence[nn.Module]) -> int | None:
-    """Length of the longest list of blocks of one class."""
-    lists = [
-        [type(child) for child in module.children()]
-        for model in models
-        for module in model.modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential))
-    ]
-    lengths = [len(kinds) for kinds in lists if len(kinds) > 1 and len(set(kinds)) == 1]
-    return max(lengths, default=None)
+    """Length of the longest stack of blocks."""
+    return max((len(stack) for model in models for stack in stacks_of(model)), default=None)
 
 
 def _width(models: Sequence[nn.Module]) -> int | None:

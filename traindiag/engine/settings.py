@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from traindiag.alerts.alert import Alert
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.yaml_settings import read_settings
+from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
@@ -27,7 +28,7 @@ class Settings:
 
     Args:
         monitors: Monitors beside the default ones.
-        default_monitors: Whether attention, gradient and loss are watched.
+        default_monitors: Whether attention, activations, gradient and loss are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
         exclude: Families of default monitors, or names of default rules (globs), to leave out.
@@ -121,7 +122,7 @@ class Settings:
 
 
 def _default_monitors(*, exact: bool) -> list[Monitor]:
-    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact)]
+    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact), ActivationMonitor()]
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

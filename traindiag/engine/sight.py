@@ -11,11 +11,14 @@ from traindiag.record.coverage import Coverage
 from traindiag.record.series import History
 
 
-def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history: History) -> tuple[Coverage, ...]:
-    """Rows for attention, gradient and loss.
+def coverage_of(
+    attention: Sequence[Coverage] | None, modules: Sequence[Coverage], watched: Watched, history: History
+) -> tuple[Coverage, ...]:
+    """Rows for attention, outputs of modules, gradient and loss.
 
     Args:
         attention: What the capture window saw; None where no monitor looks at attention.
+        modules: What it saw of the modules whose outputs some monitor looks at.
         watched: What is trained.
         history: What has been recorded so far.
     """
@@ -23,6 +26,7 @@ def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history:
     if attention is not None:
         reason = "this model has no attention that could be recognised"
         rows += attention or [Coverage("attention", "unseen", (), reason)]
+    rows += modules
     rows += _gradients(watched, history)
     rows.append(
         Coverage("loss", "exact", tuple(str(c) for c in history["loss/value"].cells))

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
@@ -27,7 +28,7 @@ PLUGINS = "traindiag.plugins"
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
-    "monitors": {c.__name__: c for c in (AttentionMonitor, GradientMonitor, LossMonitor)},
+    "monitors": {c.__name__: c for c in (ActivationMonitor, AttentionMonitor, GradientMonitor, LossMonitor)},
     "actions": {},  # code that an alert runs: a file may only name what an installed package offers
 }
 

@@ -108,7 +108,7 @@ def _base(signal: Signal) -> str:
 
 
 def _collapsed(signal: Signal) -> str:
-    says_so = signal.name.split("/")[-1].startswith(f"{signal.worst}_")
+    says_so = signal.name.split("/")[-1].split("_")[0] == signal.worst
     return _base(signal) + ("" if says_so else f"_{signal.worst}")
 
 

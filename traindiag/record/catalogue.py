@@ -96,6 +96,52 @@ SIGNALS: tuple[Signal, ...] = (
         clock="fast",
         source="confirmation, never prediction",
     ),
+    Signal(
+        "activation/rms",
+        ("layer",),
+        "root mean square of what a block returns: the size of the residual stream",
+        formula="sqrt(mean x^2)",
+        positive=True,
+        source=f"{_PROXIES} section 3.4",
+    ),
+    Signal(
+        "activation/max",
+        ("layer",),
+        "largest absolute value; large ones on few features are normal in trained models, their growth is not",
+        formula="max |x|",
+        positive=True,
+        source="Sun et al. 2024, arXiv 2402.17762",
+    ),
+    Signal(
+        "activation/kurtosis",
+        ("layer",),
+        "outlier features: 1 where all features are equally large, the width where one carries everything",
+        formula="E_j[(E_a x_aj^2)^2] / (E_j E_a x_aj^2)^2 over features j and evenly spaced rows a",
+        positive=True,
+        source="He et al. 2024, arXiv 2405.19279",
+    ),
+    Signal(
+        "activation/zero_fraction",
+        ("layer",),
+        "share of values that are exactly zero, over evenly spaced rows: dead units where it stays near 1",
+        formula="mean [x = 0]",
+        source="dead units of rectifiers; other layers have none",
+    ),
+    Signal(
+        "activation/nonfinite",
+        ("layer",),
+        "NaN and infinite values found in evenly spaced rows; at least 1 if any value is",
+        formula="sum [x is NaN or infinite]",
+        clock="fast",
+        source="the first layer in forward order is where to look",
+    ),
+    Signal(
+        "activation/growth_exponent",
+        ("layer",),
+        "growth of the RMS over the depth of a stack of blocks; 0 is best",
+        formula="log(rms of the last block / rms of the first) / number of blocks",
+        source="OLMo 2, arXiv 2501.00656 section 3",
+    ),
 )
 
 BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}
