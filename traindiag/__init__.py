@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from traindiag.adapters.transformers import HFTrainingDiagnostics
     from traindiag.alerts.alert import Alert, Remedy
     from traindiag.engine.diagnostics import Diagnostics
     from traindiag.engine.settings import Settings
@@ -37,6 +38,7 @@ __all__ = [
     "Diagnostics",
     "Forecast",
     "Frame",
+    "HFTrainingDiagnostics",
     "History",
     "Monitor",
     "NonFinite",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "traindiag.adapters.transformers": ("HFTrainingDiagnostics",),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),

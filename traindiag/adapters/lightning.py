@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from traindiag.adapters.batches import batch_size
 from traindiag.adapters.callback import DiagnosticsCallback
 from traindiag.adapters.lightning_outlet import outlet_for
 from traindiag.engine.diagnostics import Diagnostics
@@ -51,7 +52,7 @@ class LightningHooks(DiagnosticsCallback):
         if (diagnostics := self._diagnostics) is None:
             return
         if diagnostics.run.batch_size is None:
-            diagnostics.learn(batch_size=_batch_size(batch))
+            diagnostics.learn(batch_size=batch_size(batch))
         self._stepped = False
         diagnostics.begin()
 
@@ -141,11 +142,3 @@ def _loss_scale(trainer: Trainer) -> Tensor | float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = getattr(scaler, "_scale", None)
     return scale if isinstance(scale, Tensor) else 1.0
-
-
-def _batch_size(batch: Any) -> int | None:
-    """Length of the first tensor's first axis."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for part in parts if (size := _batch_size(part)) is not None), None)
