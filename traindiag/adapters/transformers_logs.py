@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,9 @@ class Passengers(TrainerCallback):
         self._riding: tuple[str, ...] = ()
 
     def wait(self, points: Mapping[str, float], step: int) -> None:
-        """Takes aggregates; where a later one comes before the next row, the log of ours alone has the earlier."""
-        self._waiting.update(points)
+        """Takes aggregates. Of several before the next row the last rides; of a ``_max`` or ``_min`` the worst."""
+        for tag, value in points.items():
+            self._waiting[tag] = _joined(tag, self._waiting.get(tag), value)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """The Trainer begins to log a row."""
@@ -36,3 +38,10 @@ class Passengers(TrainerCallback):
         for name in self._riding:
             logs.pop(name, None)
         self._riding = ()
+
+
+def _joined(tag: str, before: float | None, value: float) -> float:
+    worst = max if tag.endswith("_max") else min if tag.endswith("_min") else None
+    if before is None or worst is None or not math.isfinite(value):
+        return value
+    return worst(before, value) if math.isfinite(before) else before
