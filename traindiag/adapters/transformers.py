@@ -36,8 +36,8 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
 
     The Trainer tells no callback of an exception. One in a forward or backward pass or in the computation of a loss
     ends diagnostics like the end of the run does. After one elsewhere (data loading, evaluation, another callback)
-    no model is hooked either, but two hooks stay on the optimizer until the next ``train()``, :meth:`detach`, or
-    until this callback is garbage-collected, the interpreter's exit included.
+    no model is hooked either, but two hooks stay on the optimizer and ``training_step`` stays replaced until the next
+    ``train()``, :meth:`detach`, or until this callback is garbage-collected, the interpreter's exit included.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
