@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from traindiag.adapters.lightning import TrainingDiagnostics
+    from traindiag.adapters.transformers import HFTrainingDiagnostics
     from traindiag.alerts.alert import Alert, Remedy
     from traindiag.engine.diagnostics import Diagnostics
     from traindiag.engine.settings import Settings
+    from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
     from traindiag.record.cells import Cell, Cells
     from traindiag.record.frame import Frame, Reading
@@ -36,6 +38,7 @@ __all__ = [
     "Diagnostics",
     "Forecast",
     "Frame",
+    "HFTrainingDiagnostics",
     "History",
     "Monitor",
     "NonFinite",
@@ -53,10 +56,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "traindiag.adapters.lightning": ("TrainingDiagnostics",),
+    "traindiag.adapters.transformers": ("HFTrainingDiagnostics",),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),
+    "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.record.cells": ("Cell", "Cells"),
     "traindiag.record.frame": ("Frame", "Reading"),
@@ -77,7 +81,14 @@ def __getattr__(name: str) -> Any:
         close = difflib.get_close_matches(name, __all__, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise AttributeError(f"module 'traindiag' has no attribute {name!r}.{hint}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    home = _HOME_OF[name]
+    if (
+        home == "traindiag.lightning"
+        and find_spec("lightning") is None
+        and find_spec("pytorch_lightning") is not None
+    ):
+        home = "traindiag.pytorch_lightning"  # Lightning is installed under its other name only
+    value = getattr(import_module(home), name)
     globals()[name] = value  # the next look-up does not come here
     return value
 

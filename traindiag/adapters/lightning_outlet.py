@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from typing import Any, TypeAlias
 
 from traindiag.engine.outlet import AggregateLogger, Outlet
 from traindiag.engine.settings import Settings
 from traindiag.panels.sinks import FileSink, WriterSink
+
+Trainer: TypeAlias = Any  # of either tree
+Logger: TypeAlias = Any
 
 
 def outlet_for(trainer: Trainer, settings: Settings) -> Outlet:
@@ -21,11 +21,11 @@ def outlet_for(trainer: Trainer, settings: Settings) -> Outlet:
     Otherwise the panels get an event file in a folder of their own, and aggregates also go to the loggers that are
     there. Without any log folder (``fast_dev_run``, or no logger) nothing is written.
     """
-    if getattr(trainer, "fast_dev_run", False):  # set by a helper, unknown to type checkers
+    if trainer.fast_dev_run:
         return Outlet(settings)
-    tensorboard = next((lg for lg in trainer.loggers if isinstance(lg, TensorBoardLogger)), None)
+    tensorboard = next((lg for lg in trainer.loggers if _is(lg, "TensorBoardLogger")), None)
     if tensorboard is not None:
-        others = [_aggregates_of(lg) for lg in trainer.loggers if not isinstance(lg, TensorBoardLogger)]
+        others = [_aggregates_of(lg) for lg in trainer.loggers if not _is(lg, "TensorBoardLogger")]
         sink = WriterSink(tensorboard.experiment) if trainer.is_global_zero else None
         return Outlet(
             settings,
@@ -46,13 +46,17 @@ def outlet_for(trainer: Trainer, settings: Settings) -> Outlet:
     )
 
 
+def _is(logger: Logger, kind: str) -> bool:
+    """Whether it is a ``kind`` of either tree, or derived from one."""
+    return any(c.__name__ == kind for c in type(logger).__mro__)
+
+
 def _aggregates_of(logger: Logger) -> AggregateLogger:
-    if type(logger).__name__ == "WandbLogger":
+    if _is(logger, "WandbLogger"):
 
         def into_the_next_row(points: Mapping[str, float], step: int) -> None:
             # a row of our own would move the step on, and wandb drops what the user logs for a step gone by
-            experiment: Any = getattr(logger, "experiment")  # noqa: B009  # declared by each logger, not by their base
-            experiment.log(dict(points), commit=False)
+            logger.experiment.log(dict(points), commit=False)
 
         return into_the_next_row
 

@@ -9,10 +9,10 @@ import rich
 from rich.markup import escape
 from rich.table import Table
 
-from traindiag.adapters.lightning import TrainingDiagnostics
 from traindiag.demo.band import Band
 from traindiag.demo.run import Settings, train
 from traindiag.demo.story import Story
+from traindiag.lightning import TrainingDiagnostics
 
 
 def show(settings: Settings, log_root: Path) -> Story:

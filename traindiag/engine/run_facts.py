@@ -75,7 +75,8 @@ def with_attention(facts: RunInfo, reading: Reading) -> RunInfo:
 
 def _optimizer_info(name: str, optimizer: Optimizer, schedulers: Sequence[LRScheduler]) -> OptimizerInfo:
     group = optimizer.param_groups[0]
-    scheduler = next((s for s in schedulers if s.optimizer is optimizer), None)
+    # some frameworks schedule a wrapper around the optimizer
+    scheduler = next((s for s in schedulers if optimizer in (o := s.optimizer, getattr(o, "optimizer", None))), None)
     peaks = [float(g[key]) for g in optimizer.param_groups for key in ("lr", "initial_lr", "max_lr") if key in g]
     return OptimizerInfo(
         name=name,

@@ -28,7 +28,7 @@ class Settings:
 
     Args:
         monitors: Monitors beside the default ones.
-        default_monitors: Whether attention, activations, gradient and loss are watched.
+        default_monitors: Whether the families that every model has are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
         exclude: Families of default monitors, or names of default rules (globs), to leave out.

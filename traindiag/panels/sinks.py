@@ -76,5 +76,6 @@ class FileSink:
             self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None  # a run that goes on after an exception opens another file
+        if writer is not None:
+            writer.close()
