@@ -86,9 +86,8 @@ def test_as_many_tokens_that_count_as_may_be_looked_at(count: int, ignored: floa
     if taken:
         assert found.logit_max == max(taken) and found.logit_max_negated == -min(taken)
         assert found.logit_mean_sum == pytest.approx(sum(taken), rel=1e-5)
-        ranks = [valid.index(i) for i in taken]
-        assert all(i * len(valid) // len(taken) <= rank for i, rank in enumerate(ranks))
-        assert all(rank <= -(-(i + 1) * len(valid) // len(taken)) for i, rank in enumerate(ranks))
+        bounds = [i * len(valid) // len(taken) for i in range(len(taken) + 1)]
+        assert all(i in valid[a:b] for i, a, b in zip(taken, bounds[:-1], bounds[1:], strict=True))
 
 
 def test_tokens_stand_at_many_places_of_their_sequences() -> None:

@@ -150,22 +150,25 @@ def _check(logits: Tensor, targets: Tensor | None) -> None:
 
 
 def _choose(count: int, valid: Tensor | None, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat indices of the tokens to look at, and whether each of them counts.
-
-    The i-th lies in the i-th of equal parts, at a place that no period of the data can follow: with equal strides
-    every token could stand at the same place of its sequence.
-    """
+    """Flat indices of the tokens to look at, and whether each of them counts."""
     number = torch.arange(min(count, tokens), device=device)
     everyone = torch.ones_like(number, dtype=torch.bool)
     if count <= tokens:
         return number, everyone if valid is None else valid
-    place = (number << 16) + (number * _GOLDEN & 0xFFFF)
     if valid is None:
-        return place * count // (tokens << 16), everyone
-    total = valid.sum()
-    rank = torch.where(total > tokens, place * total // (tokens << 16), number)
-    index = torch.searchsorted(valid.cumsum(0), rank + 1).clamp(max=count - 1)
-    return index, number < total
+        return _spread(number, count, tokens), everyone
+    counted_so_far = valid.cumsum(0)
+    total = counted_so_far[-1]
+    rank = torch.where(total > tokens, _spread(number, total, tokens), number)
+    return torch.searchsorted(counted_so_far, rank + 1).clamp(max=count - 1), number < total
+
+
+def _spread(number: Tensor, total: Tensor | int, tokens: int) -> Tensor:
+    """One of each of ``tokens`` equal parts of ``range(total)``, at a place that no period of the data follows: with
+    a constant stride every token could stand at the same place of its sequence.
+    """
+    first, behind = number * total // tokens, (number + 1) * total // tokens
+    return first + ((number * _GOLDEN & 0xFFFF) * (behind - first) >> 16)
 
 
 def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
