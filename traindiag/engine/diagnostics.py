@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
-from traindiag.capture.taps import AttentionCall, AttentionTap
+from traindiag.capture.taps import AttentionTap, LossTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.judge import Judge
 from traindiag.engine.lanes import MonitorLane, StepFacts
@@ -138,8 +138,13 @@ class Diagnostics:
     @property
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, family by family, with reasons."""
-        looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
-        return coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
+        families = {m.family for lane in self._lanes() for m in lane.monitors.values()}
+        return coverage_of(
+            self._capture.coverage() if "attention" in families else None,
+            self._capture.output_coverage() if "output" in families else None,
+            self.watched,
+            self.history,
+        )
 
     @property
     def overhead(self) -> float:
@@ -215,12 +220,18 @@ class Diagnostics:
         """Adds facts about the run that became known after it began."""
         self.run = replace(self.run, **facts)
 
-    def begin(self) -> None:
-        """A micro-batch begins; the first one of a step begins the step."""
+    def begin(self, inside: nn.Module | None = None) -> None:
+        """A micro-batch begins; the first one of a step begins the step.
+
+        Args:
+            inside: The module whose call is what begins it.
+        """
         with self._meter:
             self._begin_step()
             if self._sampling:
-                self._capture.open()
+                self._capture.open(inside)
+            else:
+                self._capture.close()  # an update inside of a backward pass could not close it
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
@@ -350,7 +361,7 @@ class Diagnostics:
 
     def _arm(self) -> None:
         """Installs what a run needs, before its first step or when a loop goes on after an exception."""
-        taps: list[AttentionTap] = []
+        taps: list[Tap] = []
         for lane in self._lanes():
             lane.each(lambda m: m.prepare(self.watched), "prepare")
             for monitor in lane.working():
@@ -379,22 +390,30 @@ class Diagnostics:
 
         def before_forward(module: nn.Module, _: object) -> None:
             if module.training and torch.is_grad_enabled():
-                self.begin()
+                self.begin(inside=module)
+            else:
+                self._capture.close()
 
-        def after_forward(*_: object) -> None:
-            self._capture.close()
+        def after_forward(module: nn.Module, _: object, output: object) -> None:
+            if output is None:  # it raised; otherwise the loss is still to come
+                self._capture.close()
 
         for model in self.models:
             self._handles.append(model.register_forward_pre_hook(before_forward))
             self._handles.append(model.register_forward_hook(after_forward, always_call=True))
 
-    def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: AttentionTap) -> AttentionTap:
-        def observe(call: AttentionCall) -> None:
-            if lane.works(monitor):
-                with self._meter, lane.contained(monitor, f"observe at {call.layer}"):
-                    tap.observe(call)
+    def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: Tap) -> Tap:
+        def observing(observe: Callable[[Any], None], where: str) -> Callable[[Any], None]:
+            def observe_contained(call: Any) -> None:
+                if lane.works(monitor):
+                    with self._meter, lane.contained(monitor, f"observe at {getattr(call, where)}"):
+                        observe(call)
 
-        return AttentionTap(observe)
+            return observe_contained
+
+        if isinstance(tap, LossTap):
+            return replace(tap, observe=observing(tap.observe, "site"))
+        return AttentionTap(observing(tap.observe, "layer"))
 
     def _begin_step(self) -> None:
         if not self._armed:
@@ -408,6 +427,7 @@ class Diagnostics:
 
     def _before_update(self, name: str) -> None:
         if self._steps_end_with_updates:
+            self._capture.close()
             if name in self._updated:
                 self.end()
             self._begin_step()

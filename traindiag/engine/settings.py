@@ -14,6 +14,7 @@ from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
 from traindiag.monitors.monitor import Monitor
+from traindiag.monitors.output import OutputMonitor
 from traindiag.record.catalogue import check_signal, near
 from traindiag.rules import default_pack
 from traindiag.rules.rule import Rule
@@ -27,7 +28,7 @@ class Settings:
 
     Args:
         monitors: Monitors beside the default ones.
-        default_monitors: Whether attention, gradient and loss are watched.
+        default_monitors: Whether attention, output logits, gradient and loss are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
         exclude: Families of default monitors, or names of default rules (globs), to leave out.
@@ -121,7 +122,7 @@ class Settings:
 
 
 def _default_monitors(*, exact: bool) -> list[Monitor]:
-    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact)]
+    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact), OutputMonitor()]
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

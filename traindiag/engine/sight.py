@@ -11,11 +11,14 @@ from traindiag.record.coverage import Coverage
 from traindiag.record.series import History
 
 
-def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history: History) -> tuple[Coverage, ...]:
-    """Rows for attention, gradient and loss.
+def coverage_of(
+    attention: Sequence[Coverage] | None, output: Sequence[Coverage] | None, watched: Watched, history: History
+) -> tuple[Coverage, ...]:
+    """Rows for attention, output, gradient and loss.
 
     Args:
-        attention: What the capture window saw; None where no monitor looks at attention.
+        attention: What the capture window saw of attention; None where no monitor looks at it.
+        output: What it saw of output logits; None where no monitor looks at them.
         watched: What is trained.
         history: What has been recorded so far.
     """
@@ -23,6 +26,7 @@ def coverage_of(attention: Sequence[Coverage] | None, watched: Watched, history:
     if attention is not None:
         reason = "this model has no attention that could be recognised"
         rows += attention or [Coverage("attention", "unseen", (), reason)]
+    rows += output or ()
     rows += _gradients(watched, history)
     rows.append(
         Coverage("loss", "exact", tuple(str(c) for c in history["loss/value"].cells))

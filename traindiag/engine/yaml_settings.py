@@ -16,6 +16,7 @@ import yaml
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
+from traindiag.monitors.output import OutputMonitor
 from traindiag.record.catalogue import near
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
@@ -27,7 +28,7 @@ PLUGINS = "traindiag.plugins"
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
-    "monitors": {c.__name__: c for c in (AttentionMonitor, GradientMonitor, LossMonitor)},
+    "monitors": {c.__name__: c for c in (AttentionMonitor, GradientMonitor, LossMonitor, OutputMonitor)},
     "actions": {},  # code that an alert runs: a file may only name what an installed package offers
 }
 

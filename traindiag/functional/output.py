@@ -6,6 +6,7 @@ as the loss itself (a log-sum-exp of all of them: a seventh of head and loss, fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,25 +71,76 @@ def output_statistics(
         >>> s.tokens.item(), s.logit_max.item(), s.target_z_sum.item()
         (1.0, 3.0, 1.0)
     """
+    _check(logits, targets)
+    classes = logits.shape[-1]
+
+    def of_tokens(index: Tensor) -> Tensor:
+        if logits.is_contiguous():
+            return logits.view(-1, classes).index_select(0, index)
+        return logits[_unravel(index, logits.shape[:-1])]  # flattening a transposed view would copy all of it
+
+    return _statistics(of_tokens, logits.shape, logits.device, targets, ignore_index, tokens)
+
+
+def linear_output_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    tokens: int = 128,
+) -> OutputStatistics:
+    """Statistics of ``hidden @ weight^T + bias``, of which only the tokens looked at are computed.
+
+    Args:
+        hidden: ``[..., features]``.
+        weight: ``[classes, features]``.
+        targets: As in :func:`output_statistics`.
+        bias: ``[classes]``, or None.
+        ignore_index: As in :func:`output_statistics`.
+        tokens: As in :func:`output_statistics`.
+
+    Raises:
+        ValueError: As in :func:`output_statistics`.
+
+    Example:
+        >>> s = linear_output_statistics(torch.ones(2, 3), torch.ones(5, 3))
+        >>> s.logit_max.item(), s.tokens.item()
+        (3.0, 2.0)
+    """
+    _check(hidden, targets)
+
+    def of_tokens(index: Tensor) -> Tensor:
+        rows = hidden[_unravel(index, hidden.shape[:-1])].to(weight.dtype)
+        return torch.nn.functional.linear(rows, weight, bias)
+
+    shape = torch.Size((*hidden.shape[:-1], len(weight)))
+    return _statistics(of_tokens, shape, hidden.device, targets, ignore_index, tokens)
+
+
+def _statistics(
+    logits_of: Callable[[Tensor], Tensor],
+    shape: torch.Size,
+    device: torch.device,
+    targets: Tensor | None,
+    ignore_index: int,
+    tokens: int,
+) -> OutputStatistics:
+    """Of logits of ``shape``, which ``logits_of`` gives for flat indices of tokens as ``[n, classes]``."""
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    _check(logits, targets)
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        shape, classes = logits.shape[:-1], logits.shape[-1]
-        count = shape.numel()
+    count, classes = shape[:-1].numel(), shape[-1]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if not (count and classes):
-            return _nothing(logits.device)
+            return _nothing(device)
         valid = None if targets is None else targets.flatten() != ignore_index
-        index, counted = _choose(count, valid, tokens, logits.device)
-        if logits.is_contiguous():
-            picked = logits.view(count, classes).index_select(0, index)
-        else:  # a transposed view, which could only be flattened by copying all of it
-            picked = logits[_unravel(index, shape)]
+        index, counted = _choose(count, valid, tokens, device)
         target = None if targets is None else targets.flatten()[index].clamp(0, classes - 1)
         block = max(1, _BLOCK // classes)
         parts = [
-            _of_tokens(picked[i : i + block].float(), None if target is None else target[i : i + block])
-            for i in range(0, len(picked), block)
+            _of_tokens(logits_of(index[i : i + block]).float(), None if target is None else target[i : i + block])
+            for i in range(0, len(index), block)
         ]
         log_z, mean, score, scored, largest, negated = (torch.cat(part) for part in zip(*parts))
         return OutputStatistics(
