@@ -29,6 +29,7 @@ from traindiag.record.log import read_log
 from traindiag.record.run_info import RunInfo
 
 HEADS = Cells(("layer", "head"), tuple((f"blocks.{i}", j) for i in range(2) for j in range(3)))
+SITES = Cells.along("site", ["training_step"])
 ADAM = Cells.along("optimizer", ["adam"])
 ATTENTION = [n for n in BY_NAME if n.startswith("attention/")]
 RUN = RunInfo(run_id="r1", length=100)
@@ -50,6 +51,7 @@ def frames(steps):
         if step % 10 == 0:
             values = np.arange(6, dtype=np.float32) + step
             readings = {n: Reading(BY_NAME[n], HEADS, values, np.ones(6, bool)) for n in ATTENTION}
+            readings |= {n: Reading(BY_NAME[n], SITES, values[:1], one) for n in ("output/log_z", "output/z_loss")}
             yield Frame(step, "slow", readings, RUN, time=100.0 + step)
 
 

@@ -67,8 +67,10 @@ class Losses:
     ) -> Any:
         """Calls ``function``, one of :data:`LOSS_FUNCTIONS`, unchanged and looks at what went in."""
         output = function(*args, **kwargs)
+        if not (output.requires_grad or (not torch.is_grad_enabled() and torch_private.in_reentrant_checkpoint())):
+            return output  # evaluation, a teacher's loss, or a number to be logged
         if function in _LOG_SOFTMAX:
-            self._remember(output, args[0] if args else kwargs.get("input"))
+            self._remember(output, args[0] if args else kwargs.get("input", kwargs.get("self")))
             return output
         site = self._site(place)
         try:
@@ -98,7 +100,7 @@ class Losses:
         public = function in (F.cross_entropy, F.nll_loss)
         given = {**dict(zip(_ARGUMENTS if public else _KERNEL_ARGUMENTS, args)), **kwargs}
         told, target = given["input"] if "input" in given else given["self"], given["target"]
-        if not self._trains(site, told, target):
+        if not self._is_plain(site, told, target):
             return None
         logits: Tensor | None = told if function in _CROSS_ENTROPY else self._before_log_softmax(told)
         if logits is None:
@@ -112,7 +114,7 @@ class Losses:
     def _linear(self, site: str, given: Mapping[str, Any]) -> LossCall | None:
         hidden, weight, target = given["input"], given["linear_weight"], given["target"]
         bias = given.get("linear_bias")
-        if not self._trains(site, hidden, target, weight, bias):
+        if not self._is_plain(site, hidden, target, weight, bias):
             return None
         if weight.ndim != 2:
             self._refuse(site, "linear_cross_entropy with more than one loss a token")
@@ -120,14 +122,8 @@ class Losses:
         bias = None if bias is None else bias.detach()
         return _call(site, target, given, hidden=hidden.detach(), weight=weight.detach(), bias=bias)
 
-    def _trains(self, site: str, told: Any, target: Any, *parameters: Any) -> bool:
-        tensors = [t for t in (told, target, *parameters) if t is not None]
-        if torch.is_grad_enabled():
-            if not any(t.requires_grad for t in (told, *parameters) if t is not None):
-                return False  # a teacher's loss, or a number to be logged
-        elif not torch_private.in_reentrant_checkpoint():
-            return False
-        odd = next((t for t in tensors if not torch_private.is_plain(t)), None)
+    def _is_plain(self, site: str, *tensors: Tensor | None) -> bool:
+        odd = next((t for t in tensors if t is not None and not torch_private.is_plain(t)), None)
         if odd is not None:
             self._refuse(site, f"tensors of type {type(odd).__name__} are not looked into")
         return odd is None
@@ -177,5 +173,5 @@ def _call(site: str, target: Tensor, given: Mapping[str, Any], **found: Tensor |
 
 
 def _is_named(code: CodeType) -> bool:
-    """Not a lambda or a comprehension: those belong to the function around them."""
-    return not code.co_name.startswith("<") or code.co_name == "<module>"
+    """Not a lambda or a comprehension, which belong to the function around them, nor a mode that hands calls on."""
+    return code.co_name == "<module>" or not code.co_name.startswith(("<", "__torch_function__"))

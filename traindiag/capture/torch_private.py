@@ -10,7 +10,6 @@ from types import CodeType, FrameType, FunctionType
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
 _LOGSUMEXP = ("_saved_logsumexp", "_saved_log_sumexp", "_saved_softmax_logsumexp")
@@ -111,15 +110,16 @@ def compiled_objects() -> tuple[list[nn.Module], bool]:
 def set_mode(mode: TorchFunctionMode, on: bool) -> None:
     """Puts ``mode`` on the stack, or takes it off, wherever it is.
 
-    It goes below every mode of the program, because a ``with`` block that ends pops what is on top; only a default
-    device insists on being the lowest of all.
+    It goes below every mode of the program, because a ``with`` block that ends pops what is on top; only what
+    ``torch.set_default_device`` has put there insists on being the lowest of all.
     """
     stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
     if on == any(other is mode for other in stack):
         return
     wanted = [other for other in stack if other is not mode]
     if on:
-        wanted.insert(bool(wanted) and isinstance(wanted[0], DeviceContext), mode)
+        default_device = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+        wanted.insert(1 if wanted and wanted[0] is default_device else 0, mode)
     for _ in stack:
         torch._C._pop_torch_function_stack()
     for other in wanted:

@@ -124,7 +124,7 @@ SIGNALS: tuple[Signal, ...] = (
     Signal(
         "output/logit_mean",
         ("site",),
-        "mean output logit, which no loss without a z-loss holds in place",
+        "mean output logit, which cross-entropy alone leaves free",
         formula="mean_t mean_c logit_tc",
         worst="min",
         source=f"{_PROXIES} section 3.1.2; output logits become very negative",
