@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -472,31 +471,26 @@ def test_not_a_bit_changes_and_nothing_is_kept(loss: Callable[[Tensor], Tensor])
         assert torch.equal(without, with_window)
 
 
-def test_a_log_softmax_without_a_loss_is_let_go_before_backward() -> None:
-    net, alive = Net(), []
+def test_logits_that_no_loss_asks_for_are_let_go_before_backward() -> None:
+    net, held = Net(), []
+    window = Capture()
+    window.prepare(watch(net, torch.optim.SGD(net.parameters(), lr=0.1)), [LossTap(lambda call: None)])
 
-    class Look(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
+    def look(_: Any = None) -> None:
+        held.append(len(window._losses._log_softmaxes))
 
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            gc.collect()
-            alive.append(reference() is not None)
-            return gradient
-
-    def step() -> None:
-        nonlocal reference
+    window.open()
+    for announced in (False, True):
         logits = net(X)
-        reference = weakref.ref(logits.untyped_storage())
-        found = Look.apply(F.kl_div(F.log_softmax(logits * 1, -1), torch.full((24, CLASSES), 0.1), reduction="sum"))
-        del logits
-        found.backward()
-
-    reference: Any = None
-    Sample(net, step)
-    assert alive == [False] or reference() is None
+        logits.register_hook(look)
+        loss = F.kl_div(F.log_softmax(logits, -1), torch.full((24, CLASSES), 0.1), reduction="sum")
+        look()
+        if announced:
+            window.pause()
+        loss.backward()
+        window.resume()
+    window.close()
+    assert held == [1, 0, 1, 0]
 
 
 def test_modes_of_the_program_keep_their_place_between_modules() -> None:

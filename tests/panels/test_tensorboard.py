@@ -92,7 +92,7 @@ def test_one_file_holds_few_scalars_and_the_whole_log(folder, read):
     assert [e.value for e in read.Scalars("diag_loss/value")] == [0, *range(10, 100, 10), 99]
     log = read_log(folder)
     assert log.history["loss/value"].steps.tolist() == list(range(100))
-    assert set(log.history) == {*ATTENTION, "gradient/norm", "loss/value"}
+    assert set(log.history) == {*ATTENTION, "output/log_z", "output/z_loss", "gradient/norm", "loss/value"}
     assert [Alert.from_dict(a) for a in log.alerts][2] == alert(40, "critical", "escalated")
 
 

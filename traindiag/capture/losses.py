@@ -67,8 +67,8 @@ class Losses:
     ) -> Any:
         """Calls ``function``, one of :data:`LOSS_FUNCTIONS`, unchanged and looks at what went in."""
         output = function(*args, **kwargs)
-        if not (output.requires_grad or (not torch.is_grad_enabled() and torch_private.in_reentrant_checkpoint())):
-            return output  # evaluation, a teacher's loss, or a number to be logged
+        if not isinstance(output, Tensor) or not _trains(output):
+            return output
         if function in _LOG_SOFTMAX:
             self._remember(output, args[0] if args else kwargs.get("input", kwargs.get("self")))
             return output
@@ -170,6 +170,13 @@ def _call(site: str, target: Tensor, given: Mapping[str, Any], **found: Tensor |
         ignore_index=-100 if ignore_index is None else ignore_index,
         **found,
     )
+
+
+def _trains(loss: Tensor) -> bool:
+    """Not evaluation, a teacher's loss, or a number to be logged."""
+    if torch.is_grad_enabled():
+        return loss.requires_grad
+    return torch_private.in_reentrant_checkpoint()
 
 
 def _is_named(code: CodeType) -> bool:
