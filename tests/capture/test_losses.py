@@ -545,11 +545,22 @@ def test_a_default_device_stays_the_lowest() -> None:
 
 def test_closing_inside_of_a_backward_pass_is_made_up_for() -> None:
     """An optimizer that steps in backward ends the step there, where torch itself has taken the mode away."""
-    net = Net()
+    net, seen = Net(), []
     window = Capture()
-    window.prepare(watch(net, torch.optim.SGD(net.parameters(), lr=0.1)), [LossTap(lambda call: None)])
-    net.body.weight.register_post_accumulate_grad_hook(lambda _: window.close())
+    tap = LossTap(lambda call: seen.append(call.site))
+    window.prepare(watch(net, torch.optim.SGD(net.parameters(), lr=0.1)), [tap])
     window.open()
+
+    def close_and_open(_: Tensor) -> None:
+        window.close()
+        window.open()
+
+    handle = net.body.weight.register_post_accumulate_grad_hook(close_and_open)
+    functional(net(X)).backward()
+    functional(net(X))
+    assert seen == ["functional"] * 2  # the mode is not there twice
+    handle.remove()
+    net.body.weight.register_post_accumulate_grad_hook(lambda _: window.close())
     functional(net(X)).backward()
     window.close()
     assert installed() == (0, 0, 0)
@@ -688,6 +699,8 @@ def test_loops_without_lightning(attached: bool, accumulate: int) -> None:
     make = Diagnostics.attach if attached else Diagnostics
     diagnostics = make(model, optimizer, **options)
     expected: list[Tensor] = []
+    in_updates: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: in_updates.append(installed()[2]))
 
     def train(step: int) -> None:
         for micro in range(accumulate):
@@ -710,6 +723,7 @@ def test_loops_without_lightning(attached: bool, accumulate: int) -> None:
                 train(step)
     diagnostics.finish()
     assert installed() == (0, 0, 0)
+    assert not attached or in_updates == [0] * 4
     series = diagnostics.history["output/log_z"]
     assert [str(c) for c in series.cells] == ["next_token_loss"]
     assert series.steps.tolist() == [0, 2]
