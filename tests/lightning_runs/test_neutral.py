@@ -38,8 +38,9 @@ def test_neutral(variant: str, exact: bool) -> None:
     diagnostics = TrainingDiagnostics(every_n_steps=2, exact=exact, strict=True, terminal=False)
     with_it = fit([diagnostics], **options)
     assert without.equals(with_it)
-    for signal in ("attention/max_logit", "activation/rms"):
+    for signal in ("attention/max_logit", "output/log_z", "activation/rms"):
         assert diagnostics.history[signal].steps.tolist() == [0, 2, 4]  # it did look
+    assert [str(c) for c in diagnostics.history["output/log_z"].cells] == ["next_token_loss"]
 
 
 def test_the_comparison_can_fail() -> None:

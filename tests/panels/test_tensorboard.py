@@ -29,6 +29,7 @@ from traindiag.record.log import read_log
 from traindiag.record.run_info import RunInfo
 
 HEADS = Cells(("layer", "head"), tuple((f"blocks.{i}", j) for i in range(2) for j in range(3)))
+SITES = Cells.along("site", ["training_step"])
 ADAM = Cells.along("optimizer", ["adam"])
 ATTENTION = [n for n in BY_NAME if n.startswith("attention/")]
 RUN = RunInfo(run_id="r1", length=100)
@@ -50,6 +51,7 @@ def frames(steps):
         if step % 10 == 0:
             values = np.arange(6, dtype=np.float32) + step
             readings = {n: Reading(BY_NAME[n], HEADS, values, np.ones(6, bool)) for n in ATTENTION}
+            readings |= {n: Reading(BY_NAME[n], SITES, values[:1], one) for n in ("output/log_z", "output/z_loss")}
             yield Frame(step, "slow", readings, RUN, time=100.0 + step)
 
 
@@ -90,7 +92,7 @@ def test_one_file_holds_few_scalars_and_the_whole_log(folder, read):
     assert [e.value for e in read.Scalars("diag_loss/value")] == [0, *range(10, 100, 10), 99]
     log = read_log(folder)
     assert log.history["loss/value"].steps.tolist() == list(range(100))
-    assert set(log.history) == {*ATTENTION, "gradient/norm", "loss/value"}
+    assert set(log.history) == {*ATTENTION, "output/log_z", "output/z_loss", "gradient/norm", "loss/value"}
     assert [Alert.from_dict(a) for a in log.alerts][2] == alert(40, "critical", "escalated")
 
 

@@ -1,4 +1,4 @@
-"""Which attention layers were seen, and why the others were not."""
+"""Which attention layers and output logits were seen, and why the others were not."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch import nn
 from traindiag.record.coverage import Coverage, Sight
 
 NO_CALL = "no attention call was seen in its training forward pass"
+NO_LOSS = "no cross-entropy call was seen; name the head with OutputMonitor(head=...)"
+NOT_CALLED = "it was not called in a training step: its logits are not built there"
+HEAD_COMPILED = "compiled: its output is not seen"
 NOT_SAMPLED = "not sampled yet"
+LOSS_BESIDE_COMPILED = "parts of the program are compiled: losses outside of eager modules are not looked at"
 COMPILED = "compiled: attention not seen"
 COMPILED_MODULE = "compiled: outputs of modules not seen"
-NOT_CALLED = "did not return in a training forward pass"
+NOT_RETURNED = "did not return in a training forward pass"
 
 _ELSEWHERE = ("flex", "flash", "kernels", "paged")
 """Beginnings of ``config._attn_implementation`` whose kernels show neither queries nor scores."""
@@ -97,9 +101,42 @@ def module_coverage(
         elif name in compiled:
             sight = ("unseen", COMPILED_MODULE)
         else:
-            sight = ("unseen", refused.get(name, NOT_CALLED if sampled else NOT_SAMPLED))
+            sight = ("unseen", refused.get(name, NOT_RETURNED if sampled else NOT_SAMPLED))
         rows.setdefault(sight, []).append(name)
     return tuple(Coverage(family, sight, tuple(places), reason) for (sight, reason), places in rows.items())
+
+
+def output_coverage(
+    heads: Mapping[str, bool],
+    seen: Mapping[str, str],
+    refused: Mapping[str, str],
+    *,
+    between: bool,
+    sampled: bool,
+) -> tuple[Coverage, ...]:
+    """One row per sight and reason.
+
+    Args:
+        heads: Names of the modules whose outputs are the logits, and whether they are eager; empty where
+            cross-entropy calls are looked at.
+        seen: What is missing by call site, empty where nothing is.
+        refused: Reason by call site where a call could not be looked at.
+        between: Whether losses outside of modules are looked at.
+        sampled: Whether a window has been open.
+    """
+    rows: dict[tuple[Sight, str], list[str]] = {}
+    for site, missing in seen.items():
+        rows.setdefault(("exact", missing), []).append(site)
+    for site, reason in refused.items():
+        rows.setdefault(("unseen", reason), []).append(site)
+    for head, eager in heads.items():
+        if head not in seen and head not in refused:
+            reason = HEAD_COMPILED if not eager else NOT_CALLED if sampled else NOT_SAMPLED
+            rows.setdefault(("unseen", reason), []).append(head)
+    if not rows:
+        reason = NOT_SAMPLED if not sampled else NO_LOSS if between else LOSS_BESIDE_COMPILED
+        rows["unseen", reason] = []
+    return tuple(Coverage("output", sight, tuple(places), reason) for (sight, reason), places in rows.items())
 
 
 def _reason(module: nn.Module, modules: Mapping[str, nn.Module], hidden: Mapping[str, str]) -> str | None:

@@ -72,4 +72,42 @@ class ModuleTap:
     observe: Callable[[ModuleCall], None]
 
 
-Tap = AttentionTap | ModuleTap
+@dataclass(frozen=True, slots=True)
+class LossCall:
+    """One call of cross-entropy that trains, or the output of a named head. Everything is detached; keep none of it.
+
+    Either ``logits`` are there, or ``hidden`` and ``weight`` of a loss that never builds them.
+
+    Args:
+        site: Innermost watched module that made the call, or the function of the program that did.
+        logits: ``[..., classes]``, a view of what was passed.
+        targets: Class indices ``[...]``; None for class probabilities, and where only the head is seen.
+        ignore_index: Tokens with this target do not count.
+        hidden: ``[n, features]``.
+        weight: ``[classes, features]``.
+        bias: ``[classes]`` or None.
+    """
+
+    site: str
+    logits: Tensor | None = None
+    targets: Tensor | None = None
+    ignore_index: int = -100
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossTap:
+    """Calls ``observe`` with every cross-entropy call of a sampled training step, or every output of ``head``.
+
+    Args:
+        observe: What is called.
+        head: Name of the watched module whose output are the logits; None to look at cross-entropy calls.
+    """
+
+    observe: Callable[[LossCall], None]
+    head: str | None = None
+
+
+Tap = AttentionTap | ModuleTap | LossTap

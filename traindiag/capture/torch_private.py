@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from torch.utils.checkpoint import CheckpointFunction
 
 _LOGSUMEXP = ("_saved_logsumexp", "_saved_log_sumexp", "_saved_softmax_logsumexp")
 """As the backward nodes of the flash and cuDNN, memory-efficient, and variable-length kernels call it."""
+
+
+CROSS_ENTROPY_KERNELS = frozenset({torch._C._nn.cross_entropy_loss})
+NLL_KERNELS = frozenset(getattr(torch._C._nn, name) for name in ("nll_loss", "nll_loss2d", "nll_loss_nd"))
+"""What the functions of ``torch.nn.functional`` call; some programs call them themselves."""
 
 
 def in_backward() -> bool:
@@ -30,6 +35,20 @@ def in_reentrant_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def running_code(skip: tuple[str, ...]) -> Iterator[tuple[CodeType, int]]:
+    """Code and instruction of every function that is running, from the inside, less those of some packages.
+
+    Args:
+        skip: Names of modules and packages to leave out.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if not any(module == name or module.startswith(f"{name}.") for name in skip):
+            yield frame.f_code, frame.f_lasti
+        frame = frame.f_back
 
 
 def saved_logsumexp(output: Tensor) -> Tensor | None:
@@ -74,14 +93,19 @@ def is_compiled(module: nn.Module) -> bool:
     return any("_torchdynamo_orig_callable" in getattr(f, "__dict__", ()) for f in made if callable(f))
 
 
-def compiled_wrappers() -> list[nn.Module]:
-    """Every ``torch.compile(module)`` alive. A model does not know that it was wrapped, and the wrapper warns its
-    user when global module hooks are on; the search takes some ten milliseconds, once.
+def compiled_objects() -> tuple[list[nn.Module], bool]:
+    """Every ``torch.compile(module)`` alive, and whether a function compiled by itself is.
+
+    A model does not know that it was wrapped, and the wrapper warns its user when global module hooks are on; a
+    compiled function belongs to nobody. The search takes some ten milliseconds, once.
     """
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     if eval_frame is None:
-        return []
-    return [o for o in gc.get_objects() if type(o) is eval_frame.OptimizedModule]
+        return [], False
+    wrapper = eval_frame.OptimizedModule
+    made_by = [c for c in eval_frame._TorchDynamoContext.__call__.__code__.co_consts if isinstance(c, CodeType)]
+    found = gc.get_referrers(wrapper, *made_by)  # much faster than looking at every object
+    return [o for o in found if type(o) is wrapper], any(type(o) is FunctionType for o in found)
 
 
 def without_modes() -> AbstractContextManager[None]:
@@ -90,29 +114,20 @@ def without_modes() -> AbstractContextManager[None]:
     return context
 
 
-def remove_mode(mode: TorchFunctionMode) -> int | None:
-    """Takes ``mode`` off the stack, wherever it is, and returns its depth; None if it was not there."""
-    above: list[Any] = []
-    depth: int | None = None
-    while depth is None and torch._C._len_torch_function_stack():
-        top = torch._C._pop_torch_function_stack()
-        if top is mode:
-            depth = torch._C._len_torch_function_stack()
-        else:
-            above.append(top)
-    for other in reversed(above):
-        torch._C._push_on_torch_function_stack(other)
-    return depth
+def set_mode(mode: TorchFunctionMode, on: bool) -> None:
+    """Puts ``mode`` on the stack, or takes it off, wherever it is.
 
-
-def insert_mode(mode: TorchFunctionMode, depth: int | None) -> None:
-    """Puts ``mode`` on the stack at ``depth``; on top where that is None or no longer exists.
-
-    A mode that the program entered after ours must stay above it: its ``with`` block will pop the top of the stack.
+    It goes below every mode of the program, because a ``with`` block that ends pops what is on top; only what
+    ``torch.set_default_device`` has put there insists on being the lowest of all.
     """
-    above: list[Any] = []
-    while depth is not None and torch._C._len_torch_function_stack() > depth:
-        above.append(torch._C._pop_torch_function_stack())
-    torch._C._push_on_torch_function_stack(mode)
-    for other in reversed(above):
+    stack = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    if on == any(other is mode for other in stack):
+        return
+    wanted = [other for other in stack if other is not mode]
+    if on:
+        default_device = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+        wanted.insert(1 if wanted and wanted[0] is default_device else 0, mode)
+    for _ in stack:
+        torch._C._pop_torch_function_stack()
+    for other in wanted:
         torch._C._push_on_torch_function_stack(other)

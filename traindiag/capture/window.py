@@ -1,9 +1,10 @@
 """The window of a sampled step: opened before the forward pass, paused in backward, closed with the batch.
 
 Nothing is installed while it is closed. While it is open two global module hooks keep a stack of the modules that
-are running, and a function mode is on exactly while the innermost one is watched and trains: teachers, evaluation
-and validation run as they would without us (a mode switches the fast path of Transformer layers off, which changes
-their last bits).
+are running, and a function mode is on while the innermost one is watched and trains: teachers, evaluation and
+validation run as they would without us (a mode switches the fast path of Transformer layers off, which changes their
+last bits). Most losses are computed by no module, so where somebody asks for losses and nothing is compiled, the mode
+is on between the calls of modules too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -30,16 +31,30 @@ from traindiag.capture.attention import (
     multi_head_arguments,
     run,
 )
-from traindiag.capture.coverage import COMPILED, attention_coverage, hidden_attention, module_coverage
+from traindiag.capture.coverage import (
+    COMPILED,
+    attention_coverage,
+    hidden_attention,
+    module_coverage,
+    output_coverage,
+)
+from traindiag.capture.losses import BACKWARD, LOSS_FUNCTIONS, Losses, Place
 from traindiag.capture.outputs import activation_of, features_last
-from traindiag.capture.taps import AttentionCall, AttentionTap, ModuleCall, ModuleTap, Tap
+from traindiag.capture.taps import AttentionCall, AttentionTap, LossCall, LossTap, ModuleCall, ModuleTap, Tap
 from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage, Sight
+
+_NO_TARGETS = "no target z-score, because targets are class probabilities"
+_ONLY_HEAD = "no target z-score, because only the output of the head is looked at"
 
 
 @dataclass(slots=True)
 class _Running:
-    """A module on the stack. Modules without parameters share the site of the module around them."""
+    """A module on the stack. Modules without parameters share the site of the module around them.
+
+    ``name`` is None where nothing is to be looked at, and empty for a module without parameters that is inside of
+    none that is watched.
+    """
 
     module: nn.Module
     site: Site
@@ -49,7 +64,7 @@ class _Running:
 
 
 class Capture:
-    """Shows the attention calls and outputs of watched modules to the taps, without changing a bit of the run.
+    """Shows attention calls, losses and outputs of watched modules to the taps, without changing a bit of the run.
 
     ``prepare`` before the first call of the model; then per sampled step ``open``, ``pause`` and ``resume`` around
     every backward pass, ``close``. All of them may be called twice, and ``close`` cleans up after any exception.
@@ -59,11 +74,17 @@ class Capture:
     def __init__(self) -> None:
         self._attention_taps: tuple[AttentionTap, ...] = ()
         self._module_taps: dict[int, tuple[str, list[ModuleTap]]] = {}
+        self._loss_taps: tuple[LossTap, ...] = ()
+        self._head_taps: dict[int, list[LossTap]] = {}
         self._watched: Watched | None = None
         self._names: dict[int, str] = {}
         self._closed_modules: set[int] | None = None
         self._compiled_modules: frozenset[int] = frozenset()
         self._eager_modules: list[nn.Module] | None = None
+        self._compiled_function = False
+        self._losses = Losses(self._tell_loss, self._refuse_loss)
+        self._seen_losses: dict[str, str] = {}
+        self._refused_losses: dict[str, str] = {}
         self._hidden: dict[str, str] = {}
         self._seen: dict[str, tuple[Sight, str]] = {}
         self._refused: dict[str, str] = {}
@@ -77,18 +98,25 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._stack: list[_Running] = []
         self._mode = _Mode(self._call)
-        self._mode_on = False
-        self._depth: int | None = None
 
     def prepare(self, watched: Watched, taps: Sequence[Tap]) -> None:
         """Says what to watch and whom to tell; closes the window if it is open."""
         self.close()
         self._watched = watched
-        self._attention_taps = tuple(tap for tap in taps if isinstance(tap, AttentionTap))
+        self._attention_taps = tuple(t for t in taps if isinstance(t, AttentionTap))
         self._module_taps = {}
-        for tap in (tap for tap in taps if isinstance(tap, ModuleTap)):
+        for tap in (t for t in taps if isinstance(t, ModuleTap)):
             for name in tap.modules:
                 self._module_taps.setdefault(id(watched.modules[name]), (name, []))[1].append(tap)
+        losses = [t for t in taps if isinstance(t, LossTap)]
+        self._loss_taps = tuple(t for t in losses if t.head is None)
+        self._head_taps = {}
+        for loss_tap in losses:
+            if loss_tap.head is not None and loss_tap.head in watched.modules:
+                self._head_taps.setdefault(id(watched.modules[loss_tap.head]), []).append(loss_tap)
+        self._losses = Losses(self._tell_loss, self._refuse_loss)
+        self._seen_losses.clear()
+        self._refused_losses.clear()
         self._names = {id(m): n for n, m in watched.modules.items()}
         self._closed_modules = None
         self._seen.clear()
@@ -122,8 +150,26 @@ class Capture:
             family, modules, self._seen_modules, self._refused_modules, compiled, sampled=self._sampled
         )
 
-    def open(self) -> None:
-        """Opens the window. Does nothing if it is open."""
+    def output_coverage(self) -> tuple[Coverage, ...]:
+        """What the windows so far have seen of output logits."""
+        if self._watched is None:
+            return ()
+        self._find_hidden()
+        heads = {self._names[i]: self._watched.modules[self._names[i]] for i in self._head_taps}
+        return output_coverage(
+            {name: self._in_eager_code(head) for name, head in heads.items()},
+            self._seen_losses,
+            self._refused_losses,
+            between=self._looks_between,
+            sampled=self._sampled,
+        )
+
+    def open(self, inside: nn.Module | None = None) -> None:
+        """Opens the window. Does nothing if it is open.
+
+        Args:
+            inside: A module whose call has just begun, where it is that call that opens the window.
+        """
         if self._open or self._watched is None:
             return
         self._find_hidden()
@@ -139,10 +185,14 @@ class Capture:
                     module.register_forward_pre_hook(self._enter),
                     module.register_forward_hook(self._leave, always_call=True),
                 ]
+        if inside is not None and self._in_eager_code(inside):
+            self._enter(inside, ())
+        self._set_mode()
 
     def pause(self) -> None:
         """Looks away, for a backward pass."""
         self._paused = True
+        self._losses.forget()
         self._set_mode()
 
     def resume(self) -> None:
@@ -158,6 +208,7 @@ class Capture:
             handle.remove()
         self._handles = []
         self._stack.clear()
+        self._losses.forget()
         self._set_mode()
 
     # -- which modules run ---------------------------------------------------------------------
@@ -176,8 +227,8 @@ class Capture:
             trains = checkpointed and (outer is None or outer.trains)
         if name is not None:
             self._order.setdefault(name)
-        elif transparent and outer is not None:
-            name = outer.name
+        elif transparent:
+            name = outer.name if outer is not None else ""
         if outer is not None and transparent:
             site = outer.site
             if isinstance(module, nn.Softmax):
@@ -194,12 +245,14 @@ class Capture:
             known = self._transparent[module] = next(module.parameters(), None) is None
         return known
 
-    def _leave(self, module: nn.Module, _: object, output: object) -> None:
+    def _leave(self, module: nn.Module, _: object, output: object = None) -> None:
         if torch.compiler.is_compiling() or self._looks_away():
             return
         at = next((i for i in reversed(range(len(self._stack))) if self._stack[i].module is module), None)
         if at is not None:  # a module whose call began before the window is not on the stack
             trains = self._stack[at].trains
+            if id(module) in self._head_taps:
+                self._look_at_head(self._stack[at], output)
             del self._stack[at:]
             self._set_mode()
             if trains and id(module) in self._module_taps:
@@ -208,35 +261,42 @@ class Capture:
     def _looks_away(self) -> bool:
         return not self._open or self._paused or threading.get_ident() != self._thread or torch_private.in_backward()
 
+    def _in_eager_code(self, module: nn.Module) -> bool:
+        return self._eager_modules is None or any(m is module for m in self._eager_modules)
+
+    @property
+    def _looks_between(self) -> bool:
+        """Whether to look between the calls of modules: not where compiled code may run, which a mode recompiles."""
+        return bool(self._loss_taps) and self._eager_modules is None and not self._compiled_function
+
     def _set_mode(self) -> None:
+        if self._mode.busy:  # its own call is under way and will put it back; whatever comes next sets it right
+            return
         top = self._stack[-1] if self._stack else None
-        wanted = (
-            self._open
-            and not self._paused
-            and top is not None
-            and top.name is not None
-            and top.trains
-            and id(top.module) not in (self._closed_modules or ())
-        )
-        if wanted and not self._mode_on:
-            torch_private.insert_mode(self._mode, self._depth)
-        elif self._mode_on and not wanted:
-            self._depth = torch_private.remove_mode(self._mode)
-        self._mode_on = wanted
-        if not self._stack:
-            self._depth = None
+        if top is None:
+            looks = self._looks_between
+        else:
+            looks = top.name is not None and top.trains and id(top.module) not in (self._closed_modules or ())
+            looks = looks and (top.name != "" or self._looks_between)
+        torch_private.set_mode(self._mode, self._open and not self._paused and looks)
 
     # -- what they call ------------------------------------------------------------------------
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         multi_head = function is F.multi_head_attention_forward
-        if torch.compiler.is_compiling() or not (multi_head or function in WATCHED_FUNCTIONS):
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if function in BACKWARD:
+            self._losses.forget()
+        if self._loss_taps and function in LOSS_FUNCTIONS and not self._looks_away():
+            return self._losses.run(self._place(), function, args, kwargs)
+        if not (multi_head or function in WATCHED_FUNCTIONS):
             return function(*args, **kwargs)
         top = self._stack[-1] if self._stack and not self._looks_away() else None
-        if top is None or not (torch.is_grad_enabled() or torch_private.in_reentrant_checkpoint()):
+        if top is None or not top.name or not (torch.is_grad_enabled() or torch_private.in_reentrant_checkpoint()):
             return function(*args, **kwargs)
         if not multi_head:
-            return run(top.site, top.name or "", function, args, kwargs, self._tell, self._refuse)
+            return run(top.site, top.name, function, args, kwargs, self._tell, self._refuse)
         top.site.heads, top.site.query_scale = multi_head_arguments(args, kwargs)
         try:
             with self._replaced():
@@ -296,6 +356,34 @@ class Capture:
     def _refuse(self, layer: str, reason: str) -> None:
         self._refused.setdefault(layer, reason)
 
+    def _place(self) -> Place:
+        top = self._stack[-1] if self._stack else None
+        if top is None or not top.name or self._watched is None:
+            return Place()
+        named = self._watched.modules[top.name]
+        is_root = any(named is root for root in self._watched.roots)
+        return Place(top.name, getattr(type(named).forward, "__code__", None) if is_root else None)
+
+    def _look_at_head(self, running: _Running, output: object) -> None:
+        if not running.trains or output is None:  # None: the call raised
+            return
+        name = self._names[id(running.module)]
+        if not isinstance(output, Tensor) or not torch_private.is_plain(output) or not output.is_floating_point():
+            self._refuse_loss(name, f"expected a tensor of logits as its output, got {type(output).__name__}")
+            return
+        self._seen_losses.setdefault(name, _ONLY_HEAD)
+        for tap in self._head_taps[id(running.module)]:
+            with torch.no_grad():
+                tap.observe(LossCall(name, output.detach()))
+
+    def _tell_loss(self, call: LossCall) -> None:
+        self._seen_losses.setdefault(call.site, _NO_TARGETS if call.targets is None else "")
+        for tap in self._loss_taps:
+            tap.observe(call)
+
+    def _refuse_loss(self, site: str, reason: str) -> None:
+        self._refused_losses.setdefault(site, reason)
+
     # -- where it must not look ----------------------------------------------------------------
 
     def _find_hidden(self) -> None:
@@ -304,7 +392,7 @@ class Capture:
             return
         self._closed_modules, self._hidden = set(), {}
         compiled: set[int] = set()
-        wrappers = torch_private.compiled_wrappers()
+        wrappers, self._compiled_function = torch_private.compiled_objects()
         roots = self._watched.roots or tuple(self._watched.modules.values())
         for module in (*(m for root in roots for m in root.modules()), *wrappers):
             is_compiled = torch_private.is_compiled(module)
@@ -330,9 +418,12 @@ class Capture:
 
 
 class _Mode(TorchFunctionMode):
+    """Hands every call on. ``busy`` counts the calls under way, in which torch has taken the mode off the stack."""
+
     def __init__(self, call: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
         self._call = call
+        self.busy = 0
 
     def __torch_function__(
         self,
@@ -341,4 +432,8 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._call(func, args, kwargs or {})
+        self.busy += 1
+        try:
+            return self._call(func, args, kwargs or {})
+        finally:
+            self.busy -= 1

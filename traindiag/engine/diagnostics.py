@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
-from traindiag.capture.taps import ModuleTap, Tap
+from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
 from traindiag.engine.judge import Judge
@@ -146,15 +146,18 @@ class Diagnostics:
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, family by family, with reasons."""
         monitors = [m for lane in self._lanes() for m in lane.monitors.values()]
-        attention = self._capture.coverage() if any(m.family == "attention" for m in monitors) else None
-        modules = [
+        families = {m.family for m in monitors}
+        outputs = [
             row
             for m in monitors
             for tap in m.taps()
             if isinstance(tap, ModuleTap)
             for row in self._capture.module_coverage(m.family, tap.modules)
         ]
-        return coverage_of(attention, modules, self.watched, self.history)
+        if "output" in families:
+            outputs += self._capture.output_coverage()
+        attention = self._capture.coverage() if "attention" in families else None
+        return coverage_of(attention, outputs, self.watched, self.history)
 
     @property
     def overhead(self) -> float:
@@ -230,12 +233,18 @@ class Diagnostics:
         """Adds facts about the run that became known after it began."""
         self.run = replace(self.run, **facts)
 
-    def begin(self) -> None:
-        """A micro-batch begins; the first one of a step begins the step."""
+    def begin(self, inside: nn.Module | None = None) -> None:
+        """A micro-batch begins; the first one of a step begins the step.
+
+        Args:
+            inside: The module whose call is what begins it.
+        """
         with self._meter:
             self._begin_step()
             if self._sampling:
-                self._capture.open()
+                self._capture.open(inside)
+            else:
+                self._capture.close()  # an update inside of a backward pass could not close it
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
@@ -402,10 +411,13 @@ class Diagnostics:
 
         def before_forward(module: nn.Module, _: object) -> None:
             if module.training and torch.is_grad_enabled():
-                self.begin()
+                self.begin(inside=module)
+            else:
+                self._capture.close()
 
-        def after_forward(*_: object) -> None:
-            self._capture.close()
+        def after_forward(module: nn.Module, _: object, output: object) -> None:
+            if output is None:  # it raised; otherwise the loss is still to come
+                self._capture.close()
 
         for model in self.models:
             self._handles.append(model.register_forward_pre_hook(before_forward))
@@ -414,7 +426,8 @@ class Diagnostics:
     def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: Tap) -> Tap:
         def observe(call: Any) -> None:
             if lane.works(monitor):
-                with self._meter, lane.contained(monitor, f"observe at {call.layer}"):
+                place = call.site if isinstance(call, LossCall) else call.layer
+                with self._meter, lane.contained(monitor, f"observe at {place}"):
                     tap.observe(call)
 
         return replace(tap, observe=observe)
@@ -431,6 +444,7 @@ class Diagnostics:
 
     def _before_update(self, name: str) -> None:
         if self._steps_end_with_updates:
+            self._capture.close()
             if name in self._updated:
                 self.end()
             self._begin_step()

@@ -15,6 +15,7 @@ from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
 from traindiag.monitors.monitor import Monitor
+from traindiag.monitors.output import OutputMonitor
 from traindiag.record.catalogue import check_signal, near
 from traindiag.rules import default_pack
 from traindiag.rules.rule import Rule
@@ -122,7 +123,7 @@ class Settings:
 
 
 def _default_monitors(*, exact: bool) -> list[Monitor]:
-    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact), ActivationMonitor()]
+    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact), OutputMonitor(), ActivationMonitor()]
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

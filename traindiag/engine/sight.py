@@ -12,13 +12,13 @@ from traindiag.record.series import History
 
 
 def coverage_of(
-    attention: Sequence[Coverage] | None, modules: Sequence[Coverage], watched: Watched, history: History
+    attention: Sequence[Coverage] | None, others: Sequence[Coverage], watched: Watched, history: History
 ) -> tuple[Coverage, ...]:
-    """Rows for attention, outputs of modules, gradient and loss.
+    """Rows for every family.
 
     Args:
-        attention: What the capture window saw; None where no monitor looks at attention.
-        modules: What it saw of the modules whose outputs some monitor looks at.
+        attention: What the capture window saw of attention; None where no monitor looks at it.
+        others: What it saw of output logits and of the modules whose outputs some monitor looks at.
         watched: What is trained.
         history: What has been recorded so far.
     """
@@ -26,7 +26,7 @@ def coverage_of(
     if attention is not None:
         reason = "this model has no attention that could be recognised"
         rows += attention or [Coverage("attention", "unseen", (), reason)]
-    rows += modules
+    rows += others
     rows += _gradients(watched, history)
     rows.append(
         Coverage("loss", "exact", tuple(str(c) for c in history["loss/value"].cells))

@@ -17,6 +17,7 @@ from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.loss import LossMonitor
+from traindiag.monitors.output import OutputMonitor
 from traindiag.record.catalogue import near
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
@@ -28,7 +29,9 @@ PLUGINS = "traindiag.plugins"
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
-    "monitors": {c.__name__: c for c in (ActivationMonitor, AttentionMonitor, GradientMonitor, LossMonitor)},
+    "monitors": {
+        c.__name__: c for c in (ActivationMonitor, AttentionMonitor, GradientMonitor, LossMonitor, OutputMonitor)
+    },
     "actions": {},  # code that an alert runs: a file may only name what an installed package offers
 }
 

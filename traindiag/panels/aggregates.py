@@ -16,6 +16,7 @@ FAST_EVERY = 50
 """Steps between points of the fast lane where no slow sample sets the pace."""
 
 _MEDIAN = ("attention/max_logit", "attention/entropy")  # the worst head alone tells no outlier from a common drift
+_FEW_CELLS = ((), ("optimizer",), ("site",))
 _LOG_ONLY = ("gradient/parameter_norm",)  # the largest of many norms is the norm of the largest tensor
 _THEIRS = "logged"  # numbers that the loop logs itself stand in its loggers already
 
@@ -126,9 +127,9 @@ def _slow_points(reading: Reading) -> dict[str, float]:
 
 
 def _one_by_one(reading: Reading, suffix: str = "") -> dict[str, float] | None:
-    """A tag for each cell where there is one, or one an optimizer; None where cells must be collapsed."""
+    """A tag for each cell where there is one, or one an optimizer or loss; None where cells must be collapsed."""
     base, count = _base(reading.signal) + suffix, len(reading.cells)
-    if reading.cells.axes and reading.cells.axes != ("optimizer",):
+    if reading.cells.axes not in _FEW_CELLS:
         return None
     tags = [base] if count == 1 else [f"{base}/{c[0]}" for c in reading.cells.coordinates]
     return {tag: float(v) for tag, v, seen in zip(tags, reading.values, reading.seen) if seen}

@@ -20,6 +20,7 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Largest attention logit", (r"diag_attention/max_logit$", r"diag_attention/max_logit_median$")),
     ("Attention logit range", (r"diag_attention/logit_range_max$",)),
     ("Attention entropy", (r"diag_attention/entropy_min$", r"diag_attention/entropy_median$")),
+    ("Log Z of the output logits", (r"diag_output/log_z" + _EACH,)),
     ("Gradient norm", (r"diag_gradient/norm(_applied)?(_max)?" + _EACH,)),
     ("Loss", (r"diag_loss/value" + _EACH,)),
     ("Open alerts (1 warning, 2 critical)", (r"diag_alerts/severity$",)),

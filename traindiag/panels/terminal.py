@@ -26,6 +26,7 @@ _HEADLINES = (
     "attention/max_logit_bound",
     "attention/logit_range",
     "attention/entropy",
+    "output/log_z",
     "gradient/norm",
     "gradient/norm_applied",
     "loss/value",
@@ -60,7 +61,8 @@ class TerminalPanel:
             if row.sight != "exact":
                 names = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
                 label = "not seen" if row.sight == "unseen" else "bound only"
-                rows.add_row(Text(label, "yellow"), f"{row.family} of {', '.join(names)}: {row.reason}")
+                where = f"{row.family} of {', '.join(names)}" if names else row.family
+                rows.add_row(Text(label, "yellow"), f"{where}: {row.reason}")
         if links:
             rows.add_row(Text("to see it", "bold"), links[0])
             if self._colours:
