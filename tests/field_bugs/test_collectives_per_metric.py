@@ -12,10 +12,21 @@ from tests.field_bugs.loop import batch, gpt, loss_of
 from tests.ranks import run_on_ranks
 from traindiag.engine.diagnostics import Diagnostics
 
-COLLECTIVES = (
-    "all_reduce all_gather all_gather_object all_gather_into_tensor all_to_all barrier broadcast "
-    "broadcast_object_list gather gather_object reduce reduce_scatter reduce_scatter_tensor"
-).split()
+COLLECTIVES = [
+    "all_reduce",
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+]
 STEPS, CADENCE = 12, 4
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
 from traindiag.capture.taps import AttentionCall, AttentionTap
 from traindiag.capture.window import Capture
+from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.judge import Judge
 from traindiag.engine.lanes import MonitorLane, StepFacts
 from traindiag.engine.meter import Meter
@@ -101,13 +104,16 @@ class Diagnostics:
         self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
         report, strict = self._outlet.say, self.settings.strict
         self._fast, self._slow = (
-            MonitorLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
+            LeavingLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
         )
         self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
-        self._capture = Capture()
+        self.border = Border(self._fail, strict=strict)
+        self._capture = Capture(self.border)
+        self._failed: str | None = None
+        self._off = False
 
         self._armed = False
         self._in_step = False
@@ -139,7 +145,10 @@ class Diagnostics:
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, family by family, with reasons."""
         looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
-        return coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
+        rows = coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
+        if self._failed:
+            rows = tuple(replace(row, sight="unseen", reason=f"diagnostics are off: {self._failed}") for row in rows)
+        return rows
 
     @property
     def overhead(self) -> float:
@@ -166,7 +175,8 @@ class Diagnostics:
             name: ``family/metric``, none of the built-in names.
             value: A number or a tensor that holds one; a tensor stays on its device.
         """
-        self._logged.log(name, value)
+        if not self._failed:
+            self._logged.log(name, value)
 
     # -- a loop that is not yours --------------------------------------------------------------
 
@@ -217,18 +227,20 @@ class Diagnostics:
 
     def begin(self) -> None:
         """A micro-batch begins; the first one of a step begins the step."""
-        with self._meter:
+        with self.border, self._meter:
             self._begin_step()
-            if self._sampling:
+            if self._sampling and not self._failed:
                 self._capture.open()
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
-        self._capture.pause()
+        with self.border:
+            self._capture.pause()
 
     def after_backward(self) -> None:
         """More forward passes may come."""
-        self._capture.resume()
+        with self.border:
+            self._capture.resume()
 
     def loss(self, value: Tensor, optimizer: str | None = None) -> None:
         """Takes the loss of a micro-batch, not divided by the accumulation.
@@ -237,9 +249,9 @@ class Diagnostics:
             value: A scalar tensor; anything else is refused once with a warning, and training goes on.
             optimizer: Name of the optimizer that it is for; the first one if not given.
         """
-        if not self._measures_fast():
+        if self._failed or not self._measures_fast():
             return
-        with self._meter:
+        with self.border, self._meter:
             if not isinstance(value, Tensor) or value.numel() != 1:
                 self._refuse_loss(value)
                 return
@@ -257,7 +269,9 @@ class Diagnostics:
             applied: Whether they may have been clipped already.
             scale: What they are still multiplied by.
         """
-        with self._meter:
+        if self._failed:
+            return
+        with self.border, self._meter:
             self._follow_forward_order()
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
@@ -266,16 +280,18 @@ class Diagnostics:
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
-        with self._meter:
+        with self.border, self._meter:
             self._capture.close()
-            done = step_done and self._in_step
-            if done:
+        if not (step_done and self._in_step):
+            return
+        with self._meter:
+            if not self._off:
                 self._receive()
+            if not self._off:
                 self._send()
-                self.step_count += 1
-                self._in_step = False
-        if done:
-            self._meter.step_done(sampled=self._sampling)
+        self.step_count += 1
+        self._in_step = False
+        self._meter.step_done(sampled=self._sampling)
 
     def idle(self) -> None:
         """Something other than training goes on, such as validation; its time is not a step's."""
@@ -292,41 +308,47 @@ class Diagnostics:
         self._armed = False
         patience = _PATIENCE if failed else None
         try:
-            self._capture.close()
+            with self.border:
+                self._capture.close()
             self._receive(patience)
-            if self._in_step and world_size() == 1:  # what the broken step had shown so far
+            if self._in_step and world_size() == 1 and not self._off:  # what the broken step had shown so far
                 self._send()
                 self.step_count += 1
                 self._receive(patience)
         finally:
             self._in_step = False
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
+            self._remove_hooks()
+            with self.border:
+                self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks."""
-        with self._meter:
+        """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks.
+
+        Empty where it could not be put together; a resumed job then begins to diagnose anew.
+        """
+        with self.border, self._meter:
             self._receive()
-        return {
-            "version": STATE_VERSION,
-            "segment": self.segment,
-            "step": self.step_count,
-            "updates": dict(self.updates),
-            "schedule": self._schedule.state_dict(),
-            "judge": self._judge.state_dict(),
-            "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
-        }
+            return {
+                "version": STATE_VERSION,
+                "segment": self.segment,
+                "step": self.step_count,
+                "updates": dict(self.updates),
+                "schedule": self._schedule.state_dict(),
+                "judge": self._judge.state_dict(),
+                "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
+            }
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues a run as its next segment.
+        """Continues a run as its next segment; an empty state changes nothing.
 
         Raises:
             ValueError: If the state is of a newer version.
         """
+        if not state:
+            return
         if state["version"] > STATE_VERSION:
             raise ValueError(
                 f"the checkpoint holds traindiag state of version {state['version']}; this package knows "
@@ -345,7 +367,42 @@ class Diagnostics:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _lanes(self) -> tuple[MonitorLane, MonitorLane]:
+    def _fail(self, error: Exception) -> None:
+        """An error of ours reached the border: from here on nothing is measured and the run goes on as if alone.
+
+        Other ranks count on our messages. Until they have read that we failed, steps are counted and empty
+        messages sent; then all ranks are off.
+        """
+        if self._failed:
+            return
+        cause = self._failed = describe(error)
+        with suppress(Exception):
+            self._capture.close()
+        for lane in self._lanes():
+            lane.leave(cause)
+        if world_size() == 1:
+            self._switch_off()
+        self._tell(f"diagnostics are off from step {self.step_count} on: {cause}; training goes on without them")
+
+    def _switch_off(self) -> None:
+        self._off = True
+        with suppress(Exception):
+            self._capture.close()
+        self._remove_hooks()
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._outlet.say(text)
+        except Exception:  # what we speak through may be what is broken
+            with suppress(Exception):
+                print(f"traindiag: {text}", file=sys.stderr)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _lanes(self) -> tuple[LeavingLane, LeavingLane]:
         return self._fast, self._slow  # in this order: a non-finite gradient is told before what follows from it
 
     def _arm(self) -> None:
@@ -382,7 +439,8 @@ class Diagnostics:
                 self.begin()
 
         def after_forward(*_: object) -> None:
-            self._capture.close()
+            with self.border:
+                self._capture.close()
 
         for model in self.models:
             self._handles.append(model.register_forward_pre_hook(before_forward))
@@ -397,30 +455,37 @@ class Diagnostics:
         return AttentionTap(observe)
 
     def _begin_step(self) -> None:
+        if self._in_step:
+            return
+        self._in_step = True  # this and the next line first: whatever fails, ranks must send the same messages
+        self._sampling = self._schedule.due(self.step_count)
+        self._seen_gradients.clear()
+        self._updated.clear()
+        if self._failed:
+            return
         if not self._armed:
             self._arm()
-        if not self._in_step:
-            self._in_step = True
-            self._outlet.start(self.run, self.segment, self.step_count)
-            self._sampling = self._schedule.due(self.step_count)
-            self._seen_gradients.clear()
-            self._updated.clear()
+        self._outlet.start(self.run, self.segment, self.step_count)
 
     def _before_update(self, name: str) -> None:
         if self._steps_end_with_updates:
             if name in self._updated:
                 self.end()
-            self._begin_step()
-        if not self._in_step:
+            with self.border:
+                self._begin_step()
+        if self._failed or not self._in_step:
             return
-        rate = self.watched.optimizers[name].param_groups[0].get("lr")
-        if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
-            self._learning_rates[name] = float(rate)
-        if self.measures_applied_gradients and name not in self._seen_gradients:
-            self.gradients(name, applied=True)
+        with self.border:
+            optimizer = self.watched.optimizers[name]
+            rate = optimizer.param_groups[0].get("lr")
+            if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
+                self._learning_rates[name] = float(rate)
+            if self.measures_applied_gradients and name not in self._seen_gradients:
+                # a fused optimizer divides by the loss scale itself, inside of its step
+                self.gradients(name, applied=True, scale=getattr(optimizer, "grad_scale", None))
 
     def _after_update(self, name: str) -> None:
-        with self._meter:
+        with self.border, self._meter:
             self.updates[name] += 1
             self._updated.add(name)
             self._seen_gradients.discard(name)
@@ -432,33 +497,46 @@ class Diagnostics:
     def _measures_fast(self) -> bool:
         return self._in_step and (self.settings.fast or self._sampling)
 
-    def _measuring(self) -> list[MonitorLane]:
+    def _measuring(self) -> list[LeavingLane]:
         fast = [self._fast] if self._measures_fast() else []
         return [*fast, self._slow] if self._sampling and self._in_step else fast
 
     def _send(self) -> None:
-        facts = StepFacts(
-            updates=dict(self.updates),
-            learning_rates=dict(self._learning_rates),
-            seconds_per_step=self._meter.seconds_per_step,
-        )
-        costs = self._meter.recent_shares(self._schedule.cadence)
+        facts, costs = StepFacts(), (math.nan, math.nan)
+        with self.border:
+            facts = StepFacts(
+                updates=dict(self.updates),
+                learning_rates=dict(self._learning_rates),
+                seconds_per_step=self._meter.seconds_per_step,
+            )
+            costs = self._meter.recent_shares(self._schedule.cadence)
         for lane in self._measuring():
-            lane.send(self.step_count, facts, costs)
+            with self.border:  # each by itself: other ranks count on both
+                lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None) -> None:
         for lane in self._lanes():
-            received = lane.receive(self.run, self.segment, patience)
-            if received is None:
-                continue
-            frame, costs = received
-            if lane is self._slow:
-                frame = self._after_sample(frame, *costs)
-            alerts = self._judge.hear(frame)
-            if any(a.status == "opened" for a in alerts):
-                # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
-                self._schedule.open_burst(frame.step + 2)
-            self._outlet.frame(frame, alerts)
+            with self.border:
+                self._hear(lane, patience)
+        left = next((lane.left for lane in self._lanes() if lane.left), None)
+        if left is not None and not self._off:
+            self._switch_off()
+            if not self._failed:
+                self._failed = left
+                self._tell(f"diagnostics are off from step {self.step_count} on: {left}; training goes on without")
+
+    def _hear(self, lane: MonitorLane, patience: float | None) -> None:
+        received = lane.receive(self.run, self.segment, patience)
+        if received is None:
+            return
+        frame, costs = received
+        if lane is self._slow:
+            frame = self._after_sample(frame, *costs)
+        alerts = self._judge.hear(frame)
+        if any(a.status == "opened" for a in alerts):
+            # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
+            self._schedule.open_burst(frame.step + 2)
+        self._outlet.frame(frame, alerts)
 
     def _after_sample(self, frame: Frame, fast_cost: float, slow_cost: float) -> Frame:
         before = self._schedule.cadence
@@ -473,7 +551,8 @@ class Diagnostics:
         self._told_coverage = True
         if (reading := frame.readings.get("attention/max_logit")) is not None:
             self.run = with_attention(self.run, reading)
-        self._outlet.coverage(self.run, self.coverage, frame.step)
+        with self.border:  # only one rank writes; what all ranks decide comes after it
+            self._outlet.coverage(self.run, self.coverage, frame.step)
         return replace(frame, run=self.run)
 
     def _refuse_loss(self, value: object) -> None:
