@@ -57,6 +57,10 @@ class Diagnostics:
         settings: Ready settings, in place of keywords.
         keywords: Fields of :class:`~traindiag.engine.settings.Settings`.
 
+    Attributes:
+        border: For adapters: an error inside ``with diagnostics.border:`` is told once and switches diagnostics off,
+            as one of the engine's own does.
+
     Raises:
         ValueError: For a wrong setting, with its value and what was expected.
 
