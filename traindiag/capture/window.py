@@ -120,6 +120,11 @@ class Capture:
                     module.register_forward_hook(self._after_call, always_call=True),
                 ]
 
+    def entered(self, module: nn.Module) -> None:
+        """The window was opened from within the call of ``module``, whose own hooks it came too late for."""
+        if self._open:
+            self._enter(module)
+
     def pause(self) -> None:
         """Looks away, for a backward pass."""
         self._paused = True

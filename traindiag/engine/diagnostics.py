@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import secrets
@@ -196,7 +197,8 @@ class Diagnostics:
 
         It lives on hooks of the optimizers and of the model's forward pass. A step ends when its optimizer has
         stepped; with several, when one that has already stepped is about to step again. Loops clip before they call
-        the optimizer, so the gradient norm is ``gradient/norm_applied``; a loss is not seen.
+        the optimizer, so the gradient norm is ``gradient/norm_applied``; with a closure it is that of the gradients
+        which its last call left. A loss is not seen.
 
         Example:
             >>> model = nn.Linear(4, 1)
@@ -419,8 +421,8 @@ class Diagnostics:
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
         self._capture.prepare(self.watched, taps)
         for name, optimizer in self.watched.optimizers.items():
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_, n=name: self._before_update(n)))
-            self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))
+            self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_update, name)))
+            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_update, name)))
         self._armed = True
 
     def _follow_forward_order(self) -> None:
@@ -441,6 +443,8 @@ class Diagnostics:
         def before_forward(module: nn.Module, _: object) -> None:
             if module.training and torch.is_grad_enabled():
                 self.begin()
+                with self.border:
+                    self._capture.entered(module)
 
         def after_forward(*_: object) -> None:
             with self.border:
@@ -471,7 +475,7 @@ class Diagnostics:
             self._arm()
         self._outlet.start(self.run, self.segment, self.step_count)
 
-    def _before_update(self, name: str) -> None:
+    def _before_update(self, name: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steps_end_with_updates:
             if name in self._updated:
                 self.end()
@@ -480,16 +484,17 @@ class Diagnostics:
         if self._failed or not self._in_step:
             return
         with self.border:
-            optimizer = self.watched.optimizers[name]
             rate = optimizer.param_groups[0].get("lr")
             if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
                 self._learning_rates[name] = float(rate)
-            if self.measures_applied_gradients and name not in self._seen_gradients:
+            if not _has_closure(args, kwargs):  # a closure makes the gradients, when this hook is over
                 # a fused optimizer divides by the loss scale itself, inside of its step
-                self.gradients(name, applied=True, scale=getattr(optimizer, "grad_scale", None))
+                self._measure_applied(name, getattr(optimizer, "grad_scale", None))
 
-    def _after_update(self, name: str) -> None:
+    def _after_update(self, name: str, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self.border, self._meter:
+            if _has_closure(args, kwargs):
+                self._measure_applied(name)
             self.updates[name] += 1
             self._updated.add(name)
             self._seen_gradients.discard(name)
@@ -497,6 +502,11 @@ class Diagnostics:
                 lane.each(lambda m: m.updated(name), "updated")
         if self._steps_end_with_updates and len(self.watched.optimizers) == 1:
             self.end()
+
+    def _measure_applied(self, name: str, scale: Tensor | float | None = None) -> None:
+        """Gradients as the optimizer uses them, where nobody has shown them before."""
+        if self._in_step and self.measures_applied_gradients and name not in self._seen_gradients:
+            self.gradients(name, applied=True, scale=scale)
 
     def _measures_fast(self) -> bool:
         return self._in_step and (self.settings.fast or self._sampling)
@@ -567,6 +577,11 @@ class Diagnostics:
         self._outlet.say(
             f"expected the loss as a tensor with one value, got {got}; loss/value is not recorded, everything else is"
         )
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``optimizer.step`` was called with a function that evaluates the model."""
+    return callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
 
 
 def _shared_run_id() -> str:
