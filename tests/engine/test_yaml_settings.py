@@ -55,7 +55,7 @@ def test_file_says_what_python_says(tmp_path: Path) -> None:
         strict=True,
         rules=[
             Threshold("attention/max_logit", above=500, critical_above=1e4, severity="info"),
-            Forecast("reward/kl", limit=1500),
+            Forecast("reward/kl", limit=1500.0),
             NonFinite(name="mine"),
         ],
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ class Capture:
         self._seen: dict[str, tuple[Sight, str]] = {}
         self._refused: dict[str, str] = {}
         self._order: dict[str, None] = {}
+        self._transparent: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
         self._open = self._paused = self._sampled = False
         self._thread = 0
@@ -162,7 +164,7 @@ class Capture:
             return
         outer = self._stack[-1] if self._stack else None
         name = self._names.get(id(module))
-        transparent = next(module.parameters(), None) is None
+        transparent = self._is_transparent(module)
         checkpointed = False
         if torch.is_grad_enabled():
             trains = True
@@ -181,6 +183,13 @@ class Capture:
             site = Site(name or "", module)
         self._stack.append(_Running(module, site, name, trains, checkpointed))
         self._set_mode()
+
+    def _is_transparent(self, module: nn.Module) -> bool:
+        """Whether it has no parameters. Remembered: the walk through a module costs more than all else at a call."""
+        known = self._transparent.get(module)
+        if known is None:
+            known = self._transparent[module] = next(module.parameters(), None) is None
+        return known
 
     def _leave(self, module: nn.Module) -> None:
         if self._looks_away():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 
-from traindiag.engine.lanes import MonitorLane, StepFacts
+from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.frame import Reading
+from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Lane as LaneName
 from traindiag.transfer.ranks import rank
 from traindiag.transfer.states import Group, Reduced
@@ -76,14 +78,12 @@ class LeavingLane(MonitorLane):
     ) -> None:
         super().__init__(name, [*monitors, _Engine()], device, strict=strict, report=report)
 
+        self.left: str | None = None
+        """Why every rank ends here; None while it does not."""
+
     def leave(self, cause: str) -> None:
         """The engine has failed on this rank: the next message says so and holds nothing else."""
         self._faults.setdefault(_ENGINE, f"the engine failed on rank {rank()}: {cause}")
-
-    @property
-    def left(self) -> str | None:
-        """Why every rank ends here; None while it does not."""
-        return self.off.get(_ENGINE)
 
     def send(self, step: int, facts: StepFacts, costs: tuple[float, float]) -> None:
         if _ENGINE not in self._faults:
@@ -100,11 +100,13 @@ class LeavingLane(MonitorLane):
         self._facts[step] = facts
         self._lane.send(step, {}, {f"fault:{_ENGINE}": 1.0})
 
-    def _switch_off_one(self, name: str) -> None:
-        if name == _ENGINE:  # told by the engine, in its own words
-            self.off[name] = self._faults.pop(name, "the engine failed on another rank")
-        else:
-            super()._switch_off_one(name)
+    def receive(self, run: RunInfo, segment: int, patience: float | None = None) -> Received | None:
+        received = super().receive(run, segment, patience)
+        if received is not None and _ENGINE in received.faults:
+            self.left = self._faults.get(_ENGINE, "the engine failed on another rank")
+            others = {name: cause for name, cause in received.faults.items() if name != _ENGINE}
+            received = replace(received, faults=others)  # told by the engine, in its own words
+        return received
 
 
 class _Engine(Monitor):

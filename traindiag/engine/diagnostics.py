@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,10 @@ from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
 from traindiag.capture.taps import AttentionCall, AttentionTap
 from traindiag.capture.window import Capture
+from traindiag.engine.aside import Aside
 from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.judge import Judge
-from traindiag.engine.lanes import MonitorLane, StepFacts
+from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
 from traindiag.engine.outlet import Outlet
 from traindiag.engine.run_facts import run_facts, with_attention
@@ -34,7 +36,7 @@ from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
-from traindiag.record.frame import Frame
+from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.transfer.ranks import world_size
 
@@ -107,7 +109,7 @@ class Diagnostics:
         monitors: list[Monitor] = [*self.settings.build_monitors(), self._logged]
         device = next((p.device for ps in self.watched.parameters.values() for _, p in ps), torch.device("cpu"))
         self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
-        report, strict = self._outlet.say, self.settings.strict
+        report, strict = self._tell, self.settings.strict
         self._fast, self._slow = (
             LeavingLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
@@ -119,11 +121,14 @@ class Diagnostics:
         self._capture = Capture(self.border)
         self._failed: str | None = None
         self._off = False
+        self._aside = Aside[None]()
+        self._heard: list[_Heard] = []
 
         self._armed = False
         self._in_step = False
         self._sampling = False
         self._told_coverage = False
+        self._told_backoff = False
         self._ordered = False
         self._refused_loss = False
         self._steps_end_with_updates = False
@@ -139,11 +144,13 @@ class Diagnostics:
     @property
     def alerts(self) -> list[Alert]:
         """Everything told so far, oldest first."""
+        self._aside.wait()
         return self._judge.alerts
 
     @property
     def history(self) -> History:
         """Every number measured so far, by signal."""
+        self._aside.wait()
         return self._judge.history
 
     @property
@@ -242,6 +249,14 @@ class Diagnostics:
         """The forward pass is over for now."""
         with self.border:
             self._capture.pause()
+        self.judge_aside()
+
+    def judge_aside(self) -> None:
+        """Judges what the step before has shown beside the backward pass, which leaves the interpreter free."""
+        with self.border:
+            if not self._failed and not self._aside.busy and any(lane.pending for lane in self._lanes()):
+                run, told = self.run, self._told_coverage
+                self._aside.start(lambda: self._hear_aside(run, told))
 
     def after_backward(self) -> None:
         """More forward passes may come."""
@@ -263,7 +278,7 @@ class Diagnostics:
                 return
             name = optimizer or next(iter(self.watched.optimizers))
             scalar = value.detach()
-            self._fast.each(lambda m: m.loss(name, scalar), "loss")
+            self._fast.each("loss", name, scalar)
 
     def gradients(
         self, optimizer: str | None = None, *, applied: bool = False, scale: Tensor | float | None = None
@@ -282,7 +297,7 @@ class Diagnostics:
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
                 for lane in self._measuring():
-                    lane.each(lambda m, n=name: m.gradients(n, applied=applied, scale=scale), "gradients")  # type: ignore[misc]
+                    lane.each("gradients", name, applied=applied, scale=scale)
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
@@ -324,6 +339,7 @@ class Diagnostics:
         finally:
             self._in_step = False
             self._remove_hooks()
+            self._aside.close()
             with self.border:
                 self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
 
@@ -388,13 +404,16 @@ class Diagnostics:
             lane.leave(cause)
         if world_size() == 1:
             self._switch_off()
-        self._tell(f"diagnostics are off from step {self.step_count} on: {cause}; training goes on without them")
+        self._tell_off(cause)
 
     def _switch_off(self) -> None:
         self._off = True
         with suppress(Exception):
             self._capture.close()
         self._remove_hooks()
+
+    def _tell_off(self, cause: str) -> None:
+        self._tell(f"diagnostics are off from step {self.step_count} on: {cause}; training goes on without them")
 
     def _tell(self, text: str) -> None:
         try:
@@ -415,7 +434,7 @@ class Diagnostics:
         """Installs what a run needs, before its first step or when a loop goes on after an exception."""
         taps: list[AttentionTap] = []
         for lane in self._lanes():
-            lane.each(lambda m: m.prepare(self.watched), "prepare")
+            lane.each("prepare", self.watched)
             for monitor in lane.working():
                 with lane.contained(monitor, "taps"):
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
@@ -435,7 +454,7 @@ class Diagnostics:
         self._ordered = True
         self.watched = self.watched.in_order(self._capture.forward_order)
         for lane in self._lanes():
-            lane.each(lambda m: m.prepare(self.watched), "prepare")
+            lane.each("prepare", self.watched)
 
     def _live_on_hooks(self) -> None:
         self._steps_end_with_updates = True
@@ -499,7 +518,7 @@ class Diagnostics:
             self._updated.add(name)
             self._seen_gradients.discard(name)
             for lane in self._measuring():
-                lane.each(lambda m: m.updated(name), "updated")
+                lane.each("updated", name)
         if self._steps_end_with_updates and len(self.watched.optimizers) == 1:
             self.end()
 
@@ -523,51 +542,81 @@ class Diagnostics:
                 learning_rates=dict(self._learning_rates),
                 seconds_per_step=self._meter.seconds_per_step,
             )
-            costs = self._meter.recent_shares(self._schedule.cadence)
+            if self._sampling:
+                costs = self._meter.recent_shares(self._schedule.cadence)
         for lane in self._measuring():
             with self.border:  # each by itself: other ranks count on both
                 lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None) -> None:
+        """Judges and tells what the step before has shown."""
+        with self.border:
+            try:
+                if self._aside.busy:
+                    self._aside.take(patience)
+            except FutureTimeoutError:  # it waits for a rank that will not answer
+                return
         for lane in self._lanes():
+            with self.border:  # each by itself: what is not received keeps the next step from being sent
+                self._hear(lane, self.run, self._told_coverage, patience)
+        heard, self._heard = self._heard, []
+        for lane, received, alerts in heard:
             with self.border:
-                self._hear(lane, patience)
+                lane.settle(received)
+                if lane is self._slow:
+                    self._after_sample(received)
+                if any(a.status == "opened" for a in alerts):
+                    # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
+                    self._schedule.open_burst(received.frame.step + 2)
+                self._outlet.frame(received.frame, alerts)
         left = next((lane.left for lane in self._lanes() if lane.left), None)
         if left is not None and not self._off:
             self._switch_off()
             if not self._failed:
                 self._failed = left
-                self._tell(f"diagnostics are off from step {self.step_count} on: {left}; training goes on without")
+                self._tell(
+                    f"diagnostics are off from step {self.step_count} on: {left}; training goes on without them"
+                )
 
-    def _hear(self, lane: MonitorLane, patience: float | None) -> None:
-        received = lane.receive(self.run, self.segment, patience)
+    def _hear_aside(self, run: RunInfo, told: bool) -> None:
+        self._outlet.write_due()
+        for lane in self._lanes():
+            if lane.pending and not lane.ready():
+                break  # all ranks must answer it, and only the training thread starts collectives
+            self._hear(lane, run, told)
+
+    def _hear(self, lane: LeavingLane, run: RunInfo, told: bool, patience: float | None = None) -> None:
+        """Receives and judges, and leaves everything else to :meth:`_receive`, so that it can be done in any thread.
+
+        Args:
+            lane: Whose message.
+            run: Facts of the run.
+            told: Whether a first sample has told of attention already.
+            patience: Seconds to wait for other ranks.
+        """
+        received = lane.receive(run, self.segment, patience)
         if received is None:
             return
-        frame, costs = received
-        if lane is self._slow:
-            frame = self._after_sample(frame, *costs)
-        alerts = self._judge.hear(frame)
-        if any(a.status == "opened" for a in alerts):
-            # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
-            self._schedule.open_burst(frame.step + 2)
-        self._outlet.frame(frame, alerts)
+        if lane is self._slow and not told and (seen := received.frame.readings.get("attention/max_logit")):
+            received = replace(received, frame=replace(received.frame, run=with_attention(run, seen)))
+        self._heard.append((lane, received, self._judge.hear(received.frame)))
 
-    def _after_sample(self, frame: Frame, fast_cost: float, slow_cost: float) -> Frame:
-        before = self._schedule.cadence
+    def _after_sample(self, received: Received) -> None:
+        before, (fast_cost, slow_cost) = self._schedule.cadence, received.costs
         if self._schedule.account(fast_cost, slow_cost):
             self._meter.forget_samples()
-            self._outlet.say(
-                f"sampling every {self._schedule.cadence} steps now, no longer every {before}: samples took "
-                f"{slow_cost:.1%} of the step time, all the rest {fast_cost:.1%}"
-            )
-        if self._told_coverage:
-            return frame
-        self._told_coverage = True
-        if (reading := frame.readings.get("attention/max_logit")) is not None:
-            self.run = with_attention(self.run, reading)
-        with self.border:  # only one rank writes; what all ranks decide comes after it
-            self._outlet.coverage(self.run, self.coverage, frame.step)
-        return replace(frame, run=self.run)
+            if not self._told_backoff:  # once: it goes up and down with the load of the machine
+                self._told_backoff = True
+                self._tell(
+                    f"samples took {slow_cost:.1%} of the step time and all the rest {fast_cost:.1%}: sampling every "
+                    f"{self._schedule.cadence} steps now, no longer every {before}, to stay below "
+                    f"max_overhead={self.settings.max_overhead}; it adapts from here on without a word"
+                )
+        if not self._told_coverage:
+            self._told_coverage = True
+            self.run = received.frame.run
+            with self.border:  # one rank writes; what all ranks decide comes after it
+                self._outlet.coverage(self.run, self.coverage, received.frame.step)
 
     def _refuse_loss(self, value: object) -> None:
         if self._refused_loss:
@@ -592,6 +641,9 @@ def _shared_run_id() -> str:
     return identifier[0]
 
 
+_Heard = tuple[LeavingLane, Received, list[Alert]]
+
+
 class Step:
     """One step of a loop that is yours, from :meth:`Diagnostics.step`."""
 
@@ -601,6 +653,7 @@ class Step:
     def loss(self, value: Tensor, optimizer: str | None = None) -> Tensor:
         """Takes the loss of one micro-batch, before any division by the accumulation, and gives it back."""
         self._diagnostics.loss(value, optimizer)
+        self._diagnostics.judge_aside()
         return value
 
     def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from traindiag.monitors.monitor import Monitor
 from traindiag.record.frame import Frame, Reading
 from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Lane as LaneName
-from traindiag.transfer.lane import Delivery, Lane
+from traindiag.transfer.lane import Lane
 from traindiag.transfer.ranks import rank, world_size
 from traindiag.transfer.states import Group, Key, Reduced
 
@@ -30,6 +31,23 @@ class StepFacts:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     seconds_per_step: float | None = None
     time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What one lane has shown of a step.
+
+    Args:
+        frame: Its numbers.
+        costs: Of the fast and the slow lane, means over ranks.
+        found: Monitors with their readings.
+        faults: Monitors that failed, with the cause where this rank knows it.
+    """
+
+    frame: Frame
+    costs: tuple[float, float]
+    found: Sequence[tuple[Monitor, Sequence[Reading]]]
+    faults: Mapping[str, str]
 
 
 class MonitorLane:
@@ -53,18 +71,31 @@ class MonitorLane:
         self._all = list(monitors)
         self.off: dict[str, str] = {}
         self._strict, self._report = strict, report
+        self._interested: dict[str, list[Monitor]] = {}
         self._faults: dict[str, str] = {}
         self._facts: dict[int, StepFacts] = {}
         faults = [f"fault:{n}" for n in self.monitors]
         self._lane = Lane(device, ["fast_cost", "slow_cost", *faults], sums_only=name == "fast")
 
-    def each(self, event: Callable[[Monitor], None], what: str) -> None:
-        """Tells every working monitor of an event."""
-        for monitor in self.working():
-            try:
-                event(monitor)
-            except Exception as error:
-                self._contain(monitor, what, error)
+    def each(self, event: str, *args: Any, **keywords: Any) -> None:
+        """Tells every working monitor that takes an interest in an event of it.
+
+        Args:
+            event: Name of a method of :class:`~traindiag.monitors.monitor.Monitor`.
+            args: Its arguments.
+            keywords: Its keyword arguments.
+        """
+        interested = self._interested.get(event)
+        if interested is None:
+            default = getattr(Monitor, event)
+            interested = [m for m in self._all if getattr(type(m), event) is not default]
+            self._interested[event] = interested
+        for monitor in interested:
+            if self.works(monitor):
+                try:
+                    getattr(monitor, event)(*args, **keywords)
+                except Exception as error:
+                    self._contain(monitor, event, error)
 
     def working(self) -> list[Monitor]:
         if not (self.off or self._faults):
@@ -82,12 +113,6 @@ class MonitorLane:
         except Exception as error:
             self._contain(monitor, what, error)
 
-    def _contain(self, monitor: Monitor, what: str, error: Exception) -> None:
-        cause = f"{type(error).__name__}: {error}"
-        if self._strict:
-            raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
-        self._faults.setdefault(monitor.name, f"failed in {what} on rank {rank()}: {cause}")
-
     def send(self, step: int, facts: StepFacts, costs: tuple[float, float]) -> None:
         """Starts the reduction of what the monitors hold; ``costs`` are this rank's, of the two lanes."""
         groups: dict[Key, Group] = {}
@@ -102,25 +127,42 @@ class MonitorLane:
         self._facts[step] = facts
         self._lane.send(step, groups, header)
 
-    def receive(
-        self, run: RunInfo, segment: int, patience: float | None = None
-    ) -> tuple[Frame, tuple[float, float]] | None:
-        """The frame of the step sent last, with the ranks' mean costs; None where none is under way."""
+    @property
+    def pending(self) -> bool:
+        """Whether a step waits to be received."""
+        return self._lane.pending
+
+    def ready(self) -> bool:
+        """Waits for the step sent last; whether it can be received in any thread."""
+        return self._lane.ready()
+
+    def receive(self, run: RunInfo, segment: int, patience: float | None = None) -> Received | None:
+        """What the step sent last has shown; None where none is under way.
+
+        Changes nothing that the step now running looks at: what follows from it for the monitors is done by
+        :meth:`settle`.
+        """
         delivery = self._lane.receive(patience)
         if delivery is None:
             return None
-        self._switch_off(delivery)
         by_monitor: dict[str, dict[str, Reduced]] = {}
-        for (monitor, group), reduced in delivery.states.items():
-            by_monitor.setdefault(monitor, {})[group] = reduced
-        working = [m for m in self.working() if m.name in by_monitor]
-        readings = {r.signal.name: r for m in working for r in self._readings(m, by_monitor[m.name])}
+        for (owner, group), reduced in delivery.states.items():
+            by_monitor.setdefault(owner, {})[group] = reduced
+        faults = {name: "" for name in self.monitors if delivery.header[f"fault:{name}"] > 0}
+        found: list[tuple[Monitor, Sequence[Reading]]] = []
+        for monitor in self._all:
+            if monitor.name not in by_monitor or monitor.name in faults or monitor.name in self.off:
+                continue
+            try:
+                found.append((monitor, monitor.readings(by_monitor[monitor.name])))
+            except Exception as error:
+                faults[monitor.name] = self._told(monitor, "readings", error)
         facts = self._facts.pop(delivery.step)
         self._facts.clear()
         frame = Frame(
             step=delivery.step,
             lane=self.name,
-            readings=readings,
+            readings={r.signal.name: r for _, readings in found for r in readings},
             run=run,
             time=facts.time,
             seconds_per_step=facts.seconds_per_step,
@@ -129,24 +171,34 @@ class MonitorLane:
             segment=segment,
         )
         ranks = world_size()
-        return frame, (delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks)
+        costs = delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks
+        return Received(frame, costs, found, faults)
 
-    def _readings(self, monitor: Monitor, states: Mapping[str, Reduced]) -> Sequence[Reading]:
-        readings: Sequence[Reading] = ()
-        try:
-            readings = monitor.readings(states)
-            monitor.feedback(readings)
-        except Exception as error:
-            self._contain(monitor, "readings", error)
-        if monitor.name in self._faults:  # computed from reduced numbers: every rank fails alike, at this step
-            self._switch_off_one(monitor.name)
-        return readings
+    def settle(self, received: Received) -> None:
+        """Switches off monitors that failed, on all ranks at this step, and shows the others what they measured."""
+        for failed, cause in received.faults.items():
+            self._switch_off(failed, cause)
+        for monitor, readings in received.found:
+            try:
+                monitor.feedback(readings)
+            except Exception as error:  # of reduced numbers: every rank fails alike
+                self._switch_off(monitor.name, self._told(monitor, "feedback", error))
 
-    def _switch_off(self, delivery: Delivery) -> None:
-        for name in self.monitors:
-            if delivery.header[f"fault:{name}"] > 0 and name not in self.off:
-                self._switch_off_one(name)
+    def _switch_off(self, name: str, cause: str) -> None:
+        if name not in self.off:
+            self.off[name] = self._faults.pop(name, cause or "failed on another rank")
+            self._report(f"monitor {name!r} is switched off on all ranks: {self.off[name]}; training goes on")
 
-    def _switch_off_one(self, name: str) -> None:
-        self.off[name] = self._faults.pop(name, "failed on another rank")
-        self._report(f"monitor {name!r} is switched off on all ranks: {self.off[name]}; training goes on")
+    def _contain(self, monitor: Monitor, what: str, error: Exception) -> None:
+        self._faults.setdefault(monitor.name, self._told(monitor, what, error))
+
+    def _told(self, monitor: Monitor, what: str, error: Exception) -> str:
+        """The fault in words.
+
+        Raises:
+            MonitorFault: Instead, under ``strict``.
+        """
+        cause = f"{type(error).__name__}: {error}"
+        if self._strict:
+            raise MonitorFault(f"monitor {monitor.name!r} failed in {what}: {cause}") from error
+        return f"failed in {what} on rank {rank()}: {cause}"

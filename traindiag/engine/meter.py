@@ -23,6 +23,7 @@ class Meter:
         self._depth = 0
         self._entered = 0.0
         self._last: float | None = None
+        self._pace: float | None = None
         self._walls: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
         self._owns: dict[bool, deque[float]] = {False: deque(maxlen=64), True: deque(maxlen=16)}
 
@@ -47,6 +48,8 @@ class Meter:
             self.own_seconds += own
             self.wall_seconds += wall
             self.steps += 1
+            if self._pace is None or self.steps % 16 == 0:  # a median every step would be felt
+                self._pace = median(self._walls[False] or self._walls[True])
         self._last = now
 
     def pause(self) -> None:
@@ -55,9 +58,8 @@ class Meter:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of recent steps."""
-        walls = self._walls[False] or self._walls[True]
-        return median(walls) if walls else None
+        """Median of recent steps, brought up to date now and then."""
+        return self._pace
 
     @property
     def total_share(self) -> float:

@@ -59,6 +59,8 @@ class Outlet:
         self._loggers = list(loggers) if speaks else []
         self._panels: TensorBoardPanels | None = None
         self._unwritten: list[Frame] = []
+        self._due = False
+        self._points: list[tuple[int, Mapping[str, float]]] = []
 
     @classmethod
     def to_directory(cls, folder: str | os.PathLike[str] | None, settings: Settings) -> Outlet:
@@ -84,12 +86,15 @@ class Outlet:
             self._terminal.start(coverage, links(self._show) if self._show else ())
 
     def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
-        """Writes one frame and tells what it brought up."""
+        """Takes one frame to be written and tells what it brought up."""
         if self._panels is not None:
+            self.write_due()  # where nobody does it beside a training step
             self._unwritten.append(frame)
-            if alerts or frame.lane == "slow" or len(self._unwritten) >= BATCH:
+            self._due = frame.lane == "slow" or len(self._unwritten) >= BATCH
+            if alerts:
                 self._write()
                 self._panels.alerts(alerts, frame.step)
+        self._log()
         if not alerts:
             return
         if self._file is not None:
@@ -118,21 +123,29 @@ class Outlet:
         """The job is over."""
         if self._panels is not None:
             self._write()
-            self._log(self._panels.close(), steps)
+            self._points.append((steps, self._panels.close()))
+            self._log()
             self._panels = None
         if self._terminal is not None and steps:
             self._terminal.summary(history, alerts, steps, overhead if overhead == overhead else None)
 
-    def _write(self) -> None:
-        frames, self._unwritten = self._unwritten, []
-        for frame in frames:
-            if self._panels is not None:
-                self._log(self._panels.frame(frame), frame.step)
+    def write_due(self) -> None:
+        """Writes frames that have waited long enough. In any thread, while no other method runs."""
+        if self._due:
+            self._write()
 
-    def _log(self, points: Mapping[str, float], step: int) -> None:
-        for logger in list(self._loggers if points else ()):
-            try:
-                logger(points, step)
-            except Exception as error:
-                self._loggers.remove(logger)
-                self.say(f"a logger refused the aggregates and gets no more: {type(error).__name__}: {error}")
+    def _write(self) -> None:
+        frames, self._unwritten, self._due = self._unwritten, [], False
+        if self._panels is not None:
+            self._points += [(frame.step, self._panels.frame(frame)) for frame in frames]
+
+    def _log(self) -> None:
+        """Hands on the aggregates, in the training thread: other loggers know no other."""
+        points, self._points = self._points, []
+        for step, values in points:
+            for logger in list(self._loggers if values else ()):
+                try:
+                    logger(values, step)
+                except Exception as error:
+                    self._loggers.remove(logger)
+                    self.say(f"a logger refused the aggregates and gets no more: {type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ _BLOCK = 2**22
 _FLOOR = -1e8
 """No bias that lets a key be seen is this low; -1e9 and the like stand for "masked"."""
 
-_ROWS_PER_CALL = 64
+_HIGHEST_PER_CALL, _SPACED_PER_CALL = 64, 32
 """Rows of a head over the whole batch that are enough: a large batch needs fewer of each item."""
 
 _SLACK = 2e-5
@@ -101,52 +101,56 @@ def attention_statistics(
         if mask is not None:
             mask = _mask_with_heads(mask, query)
         repeat = heads // max(key_heads, 1)
-        query_norm, key_norm = _norm(query), _norm(key)
-        norms = _norm_sums(query_norm, key_norm, repeat)
+        if logsumexp is None:
+            query_norm, key_norm = _norm(query), _norm(key)
+            norms = _norm_sums(query_norm.square().sum((0, 2)), key_norm.square().sum((0, 2)), query, key)
+        else:  # what the kernel kept ranks the rows: norms of whole heads are enough
+            norms = _norm_sums(_square_sum(query), _square_sum(key), query, key)
         if not (batch and length and columns):
             return _nothing(heads, query.device)._replace(**norms)
 
-        largest_key = key_norm.amax(-1, keepdim=True).repeat_interleave(repeat, 1)
-        ceiling = query_norm * largest_key * abs(scale)
-        open_rows = None
+        open_rows = row_bias = None
         if mask is not None:
             row_mask = mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1)
             open_rows = row_mask if mask.dtype == torch.bool else ~(row_mask <= _floor(mask.dtype))
-            if mask.dtype != torch.bool:
-                ceiling = ceiling + row_mask.float()
+            row_bias = None if mask.dtype == torch.bool else row_mask.float()
         if logsumexp is not None:
-            kernel = logsumexp.reshape(batch, heads, -1)[..., :length].float()
-            # A kernel may drop NaN in its running maximum; the norms do not.
-            ceiling = torch.where(ceiling.isfinite(), kernel, ceiling)
+            ceiling = logsumexp.reshape(batch, heads, -1)[..., :length].float()
+        else:
+            largest_key = key_norm.amax(-1, keepdim=True).repeat_interleave(repeat, 1)
+            ceiling = query_norm * largest_key * abs(scale)
+            ceiling = ceiling if row_bias is None else ceiling + row_bias
         ceiling = ceiling + _SLACK * (1 + ceiling.abs())
         if open_rows is not None:
             # Kernels write 0 or +inf for a row that sees nothing.
             ceiling = ceiling.masked_fill(~open_rows, -torch.inf)
 
-        chosen, even = _choose(ceiling, length if exact else _rows_of_an_item(rows, batch))
+        chosen, spaced = _choose(ceiling, length if exact else rows)
         parts = []
         for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
             index = chosen[items, :, block]
-            q = query[items].gather(2, index[..., None].expand(-1, -1, -1, size)).float()
+            q = query[items].gather(2, index[..., None].expand(-1, -1, -1, size)).float() * scale
             k = key[items].float()
             logits = q.reshape(len(q), key_heads, -1, size) @ k.transpose(-1, -2)
-            logits = logits.reshape(len(q), heads, -1, columns) * scale
-            allowed = None
+            logits = logits.reshape(len(q), heads, -1, columns)
+            allowed = count = None
             if is_causal:
                 allowed = torch.arange(columns, device=index.device) <= index[..., None]
+                count = (index + 1).clamp(max=columns)
             elif mask is not None:
                 picked = _pick(mask[items] if len(mask) > 1 else mask, index)
                 if picked.dtype == torch.bool:
                     allowed = picked
                 else:
                     logits, allowed = logits + picked.float(), ~(picked <= _floor(picked.dtype))
-            parts.append(_row_statistics(logits, allowed, even[block]))
+            parts.append(_row_statistics(logits, allowed, count, spaced - block.start))
         found = _join(parts)
         rest = ceiling.scatter(-1, chosen, -torch.inf).amax((0, 2))
         # NaN or infinity in a row or key that was not looked at must not be lost.
-        broken = (norms["query_square_sum"] + norms["key_square_sum"]).isnan()
-        value = found.max_logit.masked_fill(broken, torch.nan)
-        return found._replace(max_logit=value, max_logit_bound=torch.maximum(value, rest), **norms)
+        size_of_all = norms["query_square_sum"] + norms["key_square_sum"]
+        value = found.max_logit.masked_fill(size_of_all.isnan(), torch.nan)
+        bound = torch.where(size_of_all.isfinite(), torch.maximum(value, rest), size_of_all)
+        return found._replace(max_logit=value, max_logit_bound=bound, **norms)
 
 
 def score_statistics(
@@ -174,18 +178,18 @@ def score_statistics(
         batch, heads, _, columns = scores.shape
         norms: dict[str, Tensor] = {}
         if query is not None and key is not None:
-            query_norm, key_norm = _norm(_with_heads(query)), _norm(_with_heads(key))
-            norms = _norm_sums(query_norm, key_norm, heads // max(key_norm.shape[1], 1))
+            query, key = _with_heads(query), _with_heads(key)
+            norms = _norm_sums(_square_sum(query), _square_sum(key), query, key)
         if not scores.numel():
             return _nothing(heads, scores.device)._replace(**norms)
         floor = _floor(scores.dtype)
         row_max = scores.amax(-1).float()
         row_max = row_max.masked_fill(row_max <= floor, -torch.inf)
-        chosen, even = _choose(row_max, _rows_of_an_item(rows, batch))
+        chosen, spaced = _choose(row_max, rows)
         parts = []
         for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
             picked = _pick(scores[items], chosen[items, :, block])
-            parts.append(_row_statistics(picked.float(), ~(picked <= floor), even[block]))
+            parts.append(_row_statistics(picked.float(), ~(picked <= floor), None, spaced - block.start))
         value = row_max.amax((0, 2))
         return _join(parts)._replace(max_logit=value, max_logit_bound=value, **norms)
 
@@ -219,13 +223,21 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-def _norm_sums(query_norm: Tensor, key_norm: Tensor, repeat: int) -> dict[str, Tensor]:
-    query, key = query_norm.square().sum((0, 2)), key_norm.square().sum((0, 2)).repeat_interleave(repeat)
+def _square_sum(x: Tensor) -> Tensor:
+    """``[heads]``."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=torch.float32)
+    return norm.square()
+
+
+def _norm_sums(query_squares: Tensor, key_squares: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+    """Of sums of squares ``[heads]`` and ``[key heads]``."""
+    repeat = query.shape[1] // max(key.shape[1], 1)
+    key_squares = key_squares.repeat_interleave(repeat)
     return {
-        "query_square_sum": query,
-        "query_rows": torch.full_like(query, query_norm.shape[0] * query_norm.shape[2]),
-        "key_square_sum": key,
-        "key_rows": torch.full_like(key, key_norm.shape[0] * key_norm.shape[2]),
+        "query_square_sum": query_squares,
+        "query_rows": torch.full_like(query_squares, query.shape[0] * query.shape[2]),
+        "key_square_sum": key_squares,
+        "key_rows": torch.full_like(key_squares, key.shape[0] * key.shape[2]),
     }
 
 
@@ -233,20 +245,15 @@ def _floor(dtype: torch.dtype) -> float:
     return max(_FLOOR, torch.finfo(dtype).min / 2)
 
 
-def _rows_of_an_item(rows: int, batch: int) -> int:
-    return min(rows, max(2, -(-_ROWS_PER_CALL // batch)))
-
-
-def _choose(ceiling: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Indices ``[batch, heads, n]`` of the rows to look at, and whether each is one of the evenly spaced ``[n]``."""
+def _choose(ceiling: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Indices ``[batch, heads, n]`` of the rows to look at, and how many of them, the first, are evenly spaced."""
     batch, heads, length = ceiling.shape
     if length <= 2 * rows:
-        everyone = torch.arange(length, device=ceiling.device)
-        return everyone.expand(batch, heads, -1), torch.ones_like(everyone, dtype=torch.bool)
-    even = ((torch.arange(rows, device=ceiling.device) * 2 + 1) * length).div(2 * rows, rounding_mode="floor")
-    top = ceiling.topk(rows, sorted=False).indices
-    chosen = torch.cat([even.expand(batch, heads, -1), top], -1)
-    return chosen, torch.arange(2 * rows, device=ceiling.device) < rows
+        return torch.arange(length, device=ceiling.device).expand(batch, heads, -1), length
+    highest, spaced = (min(rows, max(2, -(-n // batch))) for n in (_HIGHEST_PER_CALL, _SPACED_PER_CALL))
+    even = ((torch.arange(spaced, device=ceiling.device) * 2 + 1) * length).div(2 * spaced, rounding_mode="floor")
+    top = ceiling.topk(highest, sorted=False).indices
+    return torch.cat([even.expand(batch, heads, -1), top], -1), spaced
 
 
 def _blocks(batch: int, rows: int, width: int) -> list[tuple[slice, slice]]:
@@ -264,27 +271,45 @@ def _pick(matrix: Tensor, index: Tensor) -> Tensor:
     return full.gather(2, index[..., None].expand(-1, -1, -1, matrix.shape[3]))
 
 
-def _row_statistics(logits: Tensor, allowed: Tensor | None, even: Tensor) -> AttentionStatistics:
-    """Of ``logits`` ``[b, h, n, S]``; entropy over the rows that are ``even`` ``[n]``. The bound comes later."""
+def _row_statistics(logits: Tensor, allowed: Tensor | None, count: Tensor | None, spaced: int) -> AttentionStatistics:
+    """Of ``logits`` ``[b, h, n, S]``; entropy over the first ``spaced`` rows of ``n``. The bound comes later.
+
+    Args:
+        logits: Of the rows looked at.
+        allowed: Which may be attended to, broadcastable; None: all.
+        count: ``[b, h, n]``, how many may, where that is known.
+        spaced: How many rows, the first ones, are evenly spaced.
+    """
     if allowed is None:
         row_max, mean = logits.amax(-1), logits.mean(-1)
-        open_rows = torch.ones_like(row_max, dtype=torch.bool)
+        open_rows = None
     else:
-        allowed = allowed.expand_as(logits)
-        open_rows, count = allowed.any(-1), allowed.sum(-1)
-        mean = logits.masked_fill(~allowed, 0).sum(-1) / count
-        logits = logits.masked_fill(~allowed, -torch.inf)
+        if count is None:
+            allowed = allowed.expand_as(logits)
+            count = allowed.sum(-1)
+        mean = torch.where(allowed, logits, 0).sum(-1) / count
+        logits = torch.where(allowed, logits, -torch.inf)
         row_max = logits.amax(-1)
-    counted = open_rows & even
-    entropy = torch.special.entr(logits.softmax(-1)).sum(-1).masked_fill(~counted, 0)
+        open_rows = count > 0
     value = row_max.amax((0, 2))
-    return AttentionStatistics(
-        value,
-        value,
-        (row_max - mean).masked_fill(~open_rows, -torch.inf).amax((0, 2)),
-        entropy.sum((0, 2)),
-        counted.sum((0, 2)).float(),
-    )
+    spread = row_max - mean
+    entropy = _entropy(logits[:, :, : max(spaced, 0)], row_max[:, :, : max(spaced, 0)])
+    rows = torch.full_like(value, entropy[:, 0].numel())
+    if open_rows is not None:
+        spread = spread.masked_fill(~open_rows, -torch.inf)
+        counted = open_rows[:, :, : entropy.shape[2]]
+        entropy, rows = entropy.masked_fill(~counted, 0), counted.sum((0, 2)).float()
+    return AttentionStatistics(value, value, spread.amax((0, 2)), entropy.sum((0, 2)), rows)
+
+
+def _entropy(logits: Tensor, row_max: Tensor) -> Tensor:
+    """``[..., n]`` from ``[..., n, S]``: with weights p, log(sum of exp) less the mean logit, both below the maximum.
+
+    Several times cheaper than summing -p log p. What is cut off has no weight that fp32 could hold.
+    """
+    weights = logits.softmax(-1)
+    below = (row_max[..., None] - logits).clamp_(max=100)
+    return (weights * below).sum(-1) - weights.amax(-1).log()
 
 
 def _join(parts: list[AttentionStatistics]) -> AttentionStatistics:

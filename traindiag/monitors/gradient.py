@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from traindiag.capture.watched import Watched
@@ -54,12 +55,14 @@ class GradientMonitor(Monitor):
         if scale is not None:
             found = found / scale
         weights, share = plan.on(found)
+        squares = found.to(share.dtype).square_()  # in float64, where the squares of large norms do not overflow
         if len(gradients) < len(plan.parameters):
             present = [i for i, p in enumerate(plan.parameters) if p.grad is not None]
             index = torch.tensor(present, device=found.device)
-            found = torch.zeros_like(weights).index_copy(0, index, found.to(weights.dtype))
+            squares = torch.zeros_like(share).index_copy(0, index, squares)
             share = torch.zeros_like(share).index_copy(0, index, share[index])
-        squares = (weights * found).mul_(found)  # weights are float64: squares of large norms do not overflow
+        if weights is not None:
+            squares *= weights
         key = (optimizer, "applied" if applied else "true")
         state = self._states.get(key)
         if state is None:
@@ -80,18 +83,15 @@ class GradientMonitor(Monitor):
             groups = {key.split(":", 1)[1]: g for key, g in states.items() if key.startswith(f"{kind}:")}
             if not groups:
                 continue
-            seen = [g.sums["updates"] > 0 for g in groups.values()]
-            squares = [
-                np.divide(g.sums["squares"], g.sums["updates"], out=np.full(there.shape, np.nan), where=there)
-                for g, there in zip(groups.values(), seen)
-            ]
-            totals = np.sqrt([s[there].sum() for s, there in zip(squares, seen)]).astype(np.float32)
+            squares, seen = zip(*(_mean_squares(g) for g in groups.values()))
+            totals = np.sqrt([s.sum(where=there) for s, there in zip(squares, seen)], dtype=np.float32)
             any_seen = np.array([there.any() for there in seen])
             readings.append(Reading(signal, self._optimizer_cells(tuple(groups)), totals, any_seen))
             if signal is _NORM:
                 cells = self._parameter_cells(tuple(g.cells for g in groups.values()))
-                values = np.sqrt(np.concatenate(squares)).astype(np.float32)
-                readings.append(Reading(_PARAMETER, cells, values, np.concatenate(seen)))
+                several = len(squares) > 1
+                values = np.sqrt(np.concatenate(squares) if several else squares[0]).astype(np.float32)
+                readings.append(Reading(_PARAMETER, cells, values, np.concatenate(seen) if several else seen[0]))
         return readings
 
     def _optimizer_cells(self, names: tuple[str, ...]) -> Cells:
@@ -110,10 +110,21 @@ class GradientMonitor(Monitor):
         return self._joined[1]
 
 
+def _mean_squares(group: Reduced) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Over the updates of a step, NaN where there was none; and where there was one."""
+    squares, updates = group.sums["squares"], group.sums["updates"]
+    seen = updates > 0
+    if seen.all():
+        return squares / updates, seen
+    return np.divide(squares, updates, out=np.full(seen.shape, np.nan), where=seen), seen
+
+
 class _Plan:
     """The parameters of an optimizer, and how much of each this rank counts."""
 
-    def __init__(self, cells: Cells, parameters: Sequence[nn.Parameter], weights: Tensor, share: Tensor) -> None:
+    def __init__(
+        self, cells: Cells, parameters: Sequence[nn.Parameter], weights: Tensor | None, share: Tensor
+    ) -> None:
         self.cells, self.parameters = cells, tuple(parameters)
         self._weights, self._share = weights, share
 
@@ -122,13 +133,16 @@ class _Plan:
         ranks = world_size()
         cells = Cells(_PARAMETER.axes, tuple((optimizer, name) for name, _ in parameters))
         weights = torch.tensor([1 / replicas(p, ranks) for _, p in parameters], dtype=torch.float64)
-        return cls(cells, [p for _, p in parameters], weights, torch.full_like(weights, 1 / ranks))
+        share = torch.full_like(weights, 1 / ranks)
+        return cls(cells, [p for _, p in parameters], weights if ranks > 1 else None, share)
 
-    def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and share on the device of the gradients, moved once."""
-        if self._weights.device != like.device:
+    def on(self, like: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Weights, None for ones, and share on the device of the gradients, moved once."""
+        if self._share.device != like.device:
             wide = torch.float32 if like.device.type == "mps" else torch.float64
-            self._weights, self._share = (t.to(like.device, wide) for t in (self._weights, self._share))
+            self._share = self._share.to(like.device, wide)
+            if self._weights is not None:
+                self._weights = self._weights.to(like.device, wide)
         return self._weights, self._share
 
 

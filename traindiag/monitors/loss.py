@@ -51,8 +51,9 @@ class LossMonitor(Monitor):
         if (group := states.get("value")) is None:
             return []
         total, count = group.sums["total"], group.sums["count"]
-        mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-        return [Reading(_LOSS, group.cells, mean.astype(np.float32), group.seen)]
+        with np.errstate(invalid="ignore"):  # no loss of this cell: 0 / 0, the NaN of what is not seen
+            mean = (total / count).astype(np.float32)
+        return [Reading(_LOSS, group.cells, mean, group.seen)]
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:

@@ -53,6 +53,7 @@ class Lane:
         self.header = ("held_back", *header)
         self.layout: dict[Key, Slot] | None = None
         self._sums_only = sums_only
+        self._places: list[tuple[Key, Slot, slice, int]] = []
         self._indices: dict[tuple[Key, str], Tensor] = {}
         self._ones: dict[int, Tensor] = {}
         self._sent: _Sent | None = None
@@ -73,6 +74,13 @@ class Lane:
             self._agree(groups)
         self._sent = self._launch(step, groups, header)
 
+    def ready(self) -> bool:
+        """Waits for the step that was sent last; whether it is there and asks for no wider layout.
+
+        Then :meth:`receive` starts no collective and may be called from any thread.
+        """
+        return self._sent is not None and self._sent.wait()[0][0] == 0
+
     def receive(self, patience: float | None = None) -> Delivery | None:
         """The step that was sent last, or None where there is none.
 
@@ -90,11 +98,16 @@ class Lane:
             self._agree(sent.groups)
             sums, keys = self._launch(sent.step, sent.groups, sent.header).wait()
         header = dict(zip(self.header, sums[: len(self.header)].tolist()))
-        return Delivery(sent.step, header, self._unpack(sums[len(self.header) :], keys))
+        return Delivery(sent.step, header, self._unpack(sums, keys))
 
     def _agree(self, groups: Mapping[Key, Group]) -> None:
         self.layout = negotiate(self.layout or {}, groups, world_size())
         self._indices.clear()
+        self._places, at, key_at = [], len(self.header), 0
+        for key, slot in self.layout.items():
+            size = len(slot.cells) * (1 + len(slot.sums))
+            self._places.append((key, slot, slice(at, at + size), key_at))
+            at, key_at = at + size, key_at + len(slot.cells) * len(slot.maxima)
 
     def _launch(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> _Sent:
         layout = self.layout or {}
@@ -123,7 +136,9 @@ class Lane:
             index = self._index(key, slot, group)
             if index is None:
                 yield self._all_seen(n)
-                yield from (self._wide(group.sums[name]) for name in slot.sums)
+                for name in slot.sums:  # in whatever precision: the header is wide, and joining them widens all
+                    state = group.sums[name]
+                    yield state if state.device == self.device else self._wide(state)
                 continue
             block = torch.zeros(1 + len(slot.sums), n, dtype=self._float, device=self.device)
             block[0, index] = 1
@@ -172,21 +187,18 @@ class Lane:
 
     def _unpack(self, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[Key, Reduced]:
         states: dict[Key, Reduced] = {}
-        at, key_at = 0, 0
-        for key, slot in (self.layout or {}).items():
+        for key, slot, place, key_at in self._places:
             n = len(slot.cells)
-            rows = sums[at : at + n * (1 + len(slot.sums))].reshape(1 + len(slot.sums), n)
-            at += rows.size
+            rows = sums[place].reshape(-1, n)
+            seen = rows[0] > 0
+            if not seen.any():
+                continue
             maxima: dict[str, NDArray[np.float32]] = {}
             ranks: dict[str, NDArray[np.int64]] = {}
-            for name in slot.maxima:
+            for row, name in enumerate(slot.maxima):
                 assert keys is not None
-                maxima[name], ranks[name] = decode(keys[key_at : key_at + n])
-                key_at += n
-            seen = rows[0] > 0
-            if seen.any():
-                named = dict(zip(slot.sums, rows[1:]))
-                states[key] = Reduced(slot.cells, seen, named, maxima, ranks)
+                maxima[name], ranks[name] = decode(keys[key_at + row * n : key_at + (row + 1) * n])
+            states[key] = Reduced(slot.cells, seen, dict(zip(slot.sums, rows[1:])), maxima, ranks)
         return states
 
 
@@ -204,6 +216,7 @@ class _Sent:
         self.step, self.groups, self.header = step, groups, header
         self._sums = _Transfer(sums, maximum=False)
         self._keys = None if keys is None else _Transfer(keys, maximum=True)
+        self._arrived: tuple[NDArray[np.float64], NDArray[np.int64] | None] | None = None
 
     def arrives_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -214,8 +227,10 @@ class _Sent:
         return True
 
     def wait(self) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        sums = self._sums.wait().astype(np.float64, copy=False)
-        return sums, None if self._keys is None else self._keys.wait()
+        if self._arrived is None:
+            sums = self._sums.wait().astype(np.float64, copy=False)
+            self._arrived = sums, None if self._keys is None else self._keys.wait()
+        return self._arrived
 
 
 class _Transfer:
