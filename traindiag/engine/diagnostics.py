@@ -158,9 +158,8 @@ class Diagnostics:
         """What is seen and what is not, family by family, with reasons."""
         looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
         rows = coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
-        if self._failed:
-            rows = tuple(replace(row, sight="unseen", reason=f"diagnostics are off: {self._failed}") for row in rows)
-        return rows
+        off = self._off_by_family()
+        return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
 
     @property
     def overhead(self) -> float:
@@ -426,6 +425,14 @@ class Diagnostics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _off_by_family(self) -> dict[str, str]:
+        """Families in which nothing works any more, with the cause: what was seen of them is no health."""
+        every = [(m, lane) for lane in self._lanes() for m in lane.monitors.values()]
+        if self._failed:
+            return dict.fromkeys((m.family for m, _ in every), f"diagnostics are off: {self._failed}")
+        work = {m.family for m, lane in every if m.name not in lane.off}
+        return {m.family: lane.off[m.name] for m, lane in every if m.family not in work}
 
     def _lanes(self) -> tuple[LeavingLane, LeavingLane]:
         return self._fast, self._slow  # in this order: a non-finite gradient is told before what follows from it
