@@ -42,5 +42,6 @@ def _entry(rank: int, ranks: int, folder: str, function: Callable[..., Any], arg
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
         torch.save(function(rank, *args), Path(folder) / f"{rank}.pt")
+        dist.barrier()  # gloo aborts a process whose peer leaves while they still talk
     finally:
         dist.destroy_process_group()

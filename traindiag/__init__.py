@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,13 +81,18 @@ def __getattr__(name: str) -> Any:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise AttributeError(f"module 'traindiag' has no attribute {name!r}.{hint}")
     home = _HOME_OF[name]
-    if (
-        home == "traindiag.lightning"
-        and find_spec("lightning") is None
-        and find_spec("pytorch_lightning") is not None
-    ):
-        home = "traindiag.pytorch_lightning"  # Lightning is installed under its other name only
-    value = getattr(import_module(home), name)
+    try:
+        module = import_module(home)
+    except ImportError:
+        if home != "traindiag.lightning":
+            raise
+        try:  # Lightning may be installed under its other name only
+            module = import_module("traindiag.pytorch_lightning")
+        except ImportError:
+            module = None
+        if module is None:
+            raise
+    value = getattr(module, name)
     globals()[name] = value  # the next look-up does not come here
     return value
 

@@ -143,7 +143,8 @@ def test_command_line_refuses_a_bad_argument(
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The package as if nobody had asked it for the callback yet."""
     vars(traindiag).pop("TrainingDiagnostics", None)
-    monkeypatch.delitem(sys.modules, "traindiag.lightning", raising=False)
+    for module in TREES.values():
+        monkeypatch.delitem(sys.modules, module, raising=False)
     return monkeypatch
 
 
@@ -151,6 +152,7 @@ def test_public_name_is_that_of_the_tree_that_is_installed(fresh: pytest.MonkeyP
     both = traindiag.TrainingDiagnostics
     assert both.__module__ == "traindiag.lightning"
     del traindiag.TrainingDiagnostics
+    fresh.delitem(sys.modules, "traindiag.lightning")
     fresh.setitem(sys.modules, "lightning", None)  # as if it were not installed
     alone = traindiag.TrainingDiagnostics
     assert alone is import_module("traindiag.pytorch_lightning").TrainingDiagnostics

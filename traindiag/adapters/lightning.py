@@ -51,18 +51,20 @@ class LightningHooks(DiagnosticsCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (diagnostics := self._diagnostics) is None:
             return
-        if diagnostics.run.batch_size is None:
-            diagnostics.learn(batch_size=batch_size(batch))
         self._stepped = False
+        with diagnostics.border:
+            if diagnostics.run.batch_size is None:
+                diagnostics.learn(batch_size=batch_size(batch))
         diagnostics.begin()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if (diagnostics := self._diagnostics) is None:
             return
         diagnostics.before_backward()
-        if not pl_module.automatic_optimization:
-            # whose loss it is shows at the next optimizer step; on the device until then
-            self._losses.append(loss.detach() / _loss_scale(trainer))
+        with diagnostics.border:
+            if not pl_module.automatic_optimization:
+                # whose loss it is shows at the next optimizer step; on the device until then
+                self._losses.append(loss.detach() / _loss_scale(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._diagnostics is not None:
@@ -72,27 +74,29 @@ class LightningHooks(DiagnosticsCallback):
         if (diagnostics := self._diagnostics) is None:
             return
         self._stepped = True
-        name = self._names[id(getattr(optimizer, "optimizer", optimizer))]
-        self._hand_over_losses(name)
-        # fused optimizers divide by the loss scale themselves, later
-        scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
-        diagnostics.gradients(name, scale=_loss_scale(trainer) if scaled else None)
+        with diagnostics.border:
+            name = self._names[id(getattr(optimizer, "optimizer", optimizer))]
+            self._hand_over_losses(name)
+            # fused optimizers divide by the loss scale themselves, later
+            scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+            diagnostics.gradients(name, scale=_loss_scale(trainer) if scaled else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (diagnostics := self._diagnostics) is None:
             return
-        if pl_module.automatic_optimization:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if loss is not None:
-                diagnostics.loss(loss * trainer.accumulate_grad_batches)
-        else:
-            self._hand_over_losses(None)
-        if diagnostics.sampling:
-            for name, value in trainer.callback_metrics.items():
-                if isinstance(value, Tensor) and value.numel() == 1:
-                    diagnostics.log(f"logged/{name}", value)
+        with diagnostics.border:
+            if pl_module.automatic_optimization:
+                loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+                if loss is not None:
+                    diagnostics.loss(loss * trainer.accumulate_grad_batches)
+            else:
+                self._hand_over_losses(None)
+            if diagnostics.sampling:
+                for name, value in trainer.callback_metrics.items():
+                    if isinstance(value, Tensor) and value.numel() == 1:
+                        diagnostics.log(f"logged/{name}", value)
         diagnostics.end(step_done=self._stepped or not pl_module.automatic_optimization)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -69,9 +69,13 @@ class Capture:
     ``prepare`` before the first call of the model; then per sampled step ``open``, ``pause`` and ``resume`` around
     every backward pass, ``close``. All of them may be called twice, and ``close`` cleans up after any exception.
     A layer that is compiled is not looked into: a mode around compiled code recompiles it.
+
+    Args:
+        border: Entered by the hooks that run inside the model, to keep errors of ours out of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, border: AbstractContextManager[object] = nullcontext()) -> None:  # noqa: B008  # stateless
+        self._border = border
         self._attention_taps: tuple[AttentionTap, ...] = ()
         self._module_taps: dict[int, tuple[str, list[ModuleTap]]] = {}
         self._loss_taps: tuple[LossTap, ...] = ()
@@ -176,17 +180,17 @@ class Capture:
         self._open, self._paused, self._thread = True, False, threading.get_ident()
         if self._eager_modules is None:
             self._handles = [
-                register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, always_call=True),
+                register_module_forward_pre_hook(self._before_call),
+                register_module_forward_hook(self._after_call, always_call=True),
             ]
         else:  # global hooks would reach into the compiled parts
             for module in self._eager_modules:
                 self._handles += [
-                    module.register_forward_pre_hook(self._enter),
-                    module.register_forward_hook(self._leave, always_call=True),
+                    module.register_forward_pre_hook(self._before_call),
+                    module.register_forward_hook(self._after_call, always_call=True),
                 ]
         if inside is not None and self._in_eager_code(inside):
-            self._enter(inside, ())
+            self._enter(inside)
         self._set_mode()
 
     def pause(self) -> None:
@@ -213,8 +217,18 @@ class Capture:
 
     # -- which modules run ---------------------------------------------------------------------
 
-    def _enter(self, module: nn.Module, _: object) -> None:
-        if torch.compiler.is_compiling() or self._looks_away():
+    def _before_call(self, module: nn.Module, _: object) -> None:
+        if not torch.compiler.is_compiling():
+            with self._border:
+                self._enter(module)
+
+    def _after_call(self, module: nn.Module, _: object, output: object) -> None:
+        if not torch.compiler.is_compiling():
+            with self._border:
+                self._leave(module, output)
+
+    def _enter(self, module: nn.Module) -> None:
+        if self._looks_away():
             return
         outer = self._stack[-1] if self._stack else None
         name = self._names.get(id(module))
@@ -245,8 +259,8 @@ class Capture:
             known = self._transparent[module] = next(module.parameters(), None) is None
         return known
 
-    def _leave(self, module: nn.Module, _: object, output: object = None) -> None:
-        if torch.compiler.is_compiling() or self._looks_away():
+    def _leave(self, module: nn.Module, output: object) -> None:
+        if self._looks_away():
             return
         at = next((i for i in reversed(range(len(self._stack))) if self._stack[i].module is module), None)
         if at is not None:  # a module whose call began before the window is not on the stack

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from traindiag.capture.names import watch
 from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
+from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.judge import Judge
 from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
@@ -56,6 +59,10 @@ class Diagnostics:
         schedulers: Learning-rate schedulers, for peak and warm-up.
         settings: Ready settings, in place of keywords.
         keywords: Fields of :class:`~traindiag.engine.settings.Settings`.
+
+    Attributes:
+        border: For adapters: an error inside ``with diagnostics.border:`` is told once and switches diagnostics off,
+            as one of the engine's own does.
 
     Raises:
         ValueError: For a wrong setting, with its value and what was expected.
@@ -102,16 +109,20 @@ class Diagnostics:
         monitors: list[Monitor] = [*self.settings.build_monitors(), self._logged]
         device = next((p.device for ps in self.watched.parameters.values() for _, p in ps), torch.device("cpu"))
         self._outlet = outlet or Outlet.to_directory(log_dir, self.settings)
-        report, strict = self._outlet.say, self.settings.strict
+        report, strict = self._tell, self.settings.strict
         self._fast, self._slow = (
-            MonitorLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
+            LeavingLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
         )
         self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
-        self._capture = Capture()
-        self._aside = Aside[list[_Heard]]()
+        self.border = Border(self._fail, strict=strict)
+        self._capture = Capture(self.border)
+        self._failed: str | None = None
+        self._off = False
+        self._aside = Aside[None]()
+        self._heard: list[_Heard] = []
 
         self._armed = False
         self._in_step = False
@@ -157,7 +168,9 @@ class Diagnostics:
         if "output" in families:
             outputs += self._capture.output_coverage()
         attention = self._capture.coverage() if "attention" in families else None
-        return coverage_of(attention, outputs, self.watched, self.history)
+        rows = coverage_of(attention, outputs, self.watched, self.history)
+        off = self._off_by_family()
+        return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
 
     @property
     def overhead(self) -> float:
@@ -184,7 +197,8 @@ class Diagnostics:
             name: ``family/metric``, none of the built-in names.
             value: A number or a tensor that holds one; a tensor stays on its device.
         """
-        self._logged.log(name, value)
+        if not self._failed:
+            self._logged.log(name, value)
 
     # -- a loop that is not yours --------------------------------------------------------------
 
@@ -200,7 +214,8 @@ class Diagnostics:
 
         It lives on hooks of the optimizers and of the model's forward pass. A step ends when its optimizer has
         stepped; with several, when one that has already stepped is about to step again. Loops clip before they call
-        the optimizer, so the gradient norm is ``gradient/norm_applied``; a loss is not seen.
+        the optimizer, so the gradient norm is ``gradient/norm_applied``; with a closure it is that of the gradients
+        which its last call left. A loss is not seen.
 
         Example:
             >>> model = nn.Linear(4, 1)
@@ -239,27 +254,30 @@ class Diagnostics:
         Args:
             inside: The module whose call is what begins it.
         """
-        with self._meter:
+        with self.border, self._meter:
             self._begin_step()
-            if self._sampling:
+            if self._sampling and not self._failed:
                 self._capture.open(inside)
             else:
                 self._capture.close()  # an update inside of a backward pass could not close it
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
-        self._capture.pause()
+        with self.border:
+            self._capture.pause()
         self.judge_aside()
 
     def judge_aside(self) -> None:
         """Judges what the step before has shown beside the backward pass, which leaves the interpreter free."""
-        if not self._aside.busy and any(lane.pending for lane in self._lanes()):
-            run, told = self.run, self._told_coverage
-            self._aside.start(lambda: self._hear_aside(run, told))
+        with self.border:
+            if not self._failed and not self._aside.busy and any(lane.pending for lane in self._lanes()):
+                run, told = self.run, self._told_coverage
+                self._aside.start(lambda: self._hear_aside(run, told))
 
     def after_backward(self) -> None:
         """More forward passes may come."""
-        self._capture.resume()
+        with self.border:
+            self._capture.resume()
 
     def loss(self, value: Tensor, optimizer: str | None = None) -> None:
         """Takes the loss of a micro-batch, not divided by the accumulation.
@@ -268,9 +286,9 @@ class Diagnostics:
             value: A scalar tensor; anything else is refused once with a warning, and training goes on.
             optimizer: Name of the optimizer that it is for; the first one if not given.
         """
-        if not self._measures_fast():
+        if self._failed or not self._measures_fast():
             return
-        with self._meter:
+        with self.border, self._meter:
             if not isinstance(value, Tensor) or value.numel() != 1:
                 self._refuse_loss(value)
                 return
@@ -288,7 +306,9 @@ class Diagnostics:
             applied: Whether they may have been clipped already.
             scale: What they are still multiplied by.
         """
-        with self._meter:
+        if self._failed:
+            return
+        with self.border, self._meter:
             self._follow_forward_order()
             for name in self.watched.optimizers if optimizer is None else [optimizer]:
                 self._seen_gradients.add(name)
@@ -297,16 +317,18 @@ class Diagnostics:
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
-        with self._meter:
+        with self.border, self._meter:
             self._capture.close()
-            done = step_done and self._in_step
-            if done:
+        if not (step_done and self._in_step):
+            return
+        with self._meter:
+            if not self._off:
                 self._receive()
+            if not self._off:
                 self._send()
-                self.step_count += 1
-                self._in_step = False
-        if done:
-            self._meter.step_done(sampled=self._sampling)
+        self.step_count += 1
+        self._in_step = False
+        self._meter.step_done(sampled=self._sampling)
 
     def idle(self) -> None:
         """Something other than training goes on, such as validation; its time is not a step's."""
@@ -323,42 +345,48 @@ class Diagnostics:
         self._armed = False
         patience = _PATIENCE if failed else None
         try:
-            self._capture.close()
+            with self.border:
+                self._capture.close()
             self._receive(patience)
-            if self._in_step and world_size() == 1:  # what the broken step had shown so far
+            if self._in_step and world_size() == 1 and not self._off:  # what the broken step had shown so far
                 self._send()
                 self.step_count += 1
                 self._receive(patience)
         finally:
             self._in_step = False
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+            self._remove_hooks()
             self._aside.close()
-            self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
+            with self.border:
+                self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks."""
-        with self._meter:
+        """Everything that a resumed job needs: plain data, values that all ranks share, any number of ranks.
+
+        Empty where it could not be put together; a resumed job then begins to diagnose anew.
+        """
+        with self.border, self._meter:
             self._receive()
-        return {
-            "version": STATE_VERSION,
-            "segment": self.segment,
-            "step": self.step_count,
-            "updates": dict(self.updates),
-            "schedule": self._schedule.state_dict(),
-            "judge": self._judge.state_dict(),
-            "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
-        }
+            return {
+                "version": STATE_VERSION,
+                "segment": self.segment,
+                "step": self.step_count,
+                "updates": dict(self.updates),
+                "schedule": self._schedule.state_dict(),
+                "judge": self._judge.state_dict(),
+                "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
+            }
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues a run as its next segment.
+        """Continues a run as its next segment; an empty state changes nothing.
 
         Raises:
             ValueError: If the state is of a newer version.
         """
+        if not state:
+            return
         if state["version"] > STATE_VERSION:
             raise ValueError(
                 f"the checkpoint holds traindiag state of version {state['version']}; this package knows "
@@ -377,7 +405,53 @@ class Diagnostics:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _lanes(self) -> tuple[MonitorLane, MonitorLane]:
+    def _fail(self, error: Exception) -> None:
+        """An error of ours reached the border: from here on nothing is measured and the run goes on as if alone.
+
+        Other ranks count on our messages. Until they have read that we failed, steps are counted and empty
+        messages sent; then all ranks are off.
+        """
+        if self._failed:
+            return
+        cause = self._failed = describe(error)
+        with suppress(Exception):
+            self._capture.close()
+        for lane in self._lanes():
+            lane.leave(cause)
+        if world_size() == 1:
+            self._switch_off()
+        self._tell_off(cause)
+
+    def _switch_off(self) -> None:
+        self._off = True
+        with suppress(Exception):
+            self._capture.close()
+        self._remove_hooks()
+
+    def _tell_off(self, cause: str) -> None:
+        self._tell(f"diagnostics are off from step {self.step_count} on: {cause}; training goes on without them")
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._outlet.say(text)
+        except Exception:  # what we speak through may be what is broken
+            with suppress(Exception):
+                print(f"traindiag: {text}", file=sys.stderr)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _off_by_family(self) -> dict[str, str]:
+        """Families in which nothing works any more, with the cause: what was seen of them is no health."""
+        every = [(m, lane) for lane in self._lanes() for m in lane.monitors.values()]
+        if self._failed:
+            return dict.fromkeys((m.family for m, _ in every), f"diagnostics are off: {self._failed}")
+        work = {m.family for m, lane in every if m.name not in lane.off}
+        return {m.family: lane.off[m.name] for m, lane in every if m.family not in work}
+
+    def _lanes(self) -> tuple[LeavingLane, LeavingLane]:
         return self._fast, self._slow  # in this order: a non-finite gradient is told before what follows from it
 
     def _arm(self) -> None:
@@ -390,8 +464,8 @@ class Diagnostics:
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
         self._capture.prepare(self.watched, taps)
         for name, optimizer in self.watched.optimizers.items():
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_, n=name: self._before_update(n)))
-            self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))
+            self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_update, name)))
+            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_update, name)))
         self._armed = True
 
     def _follow_forward_order(self) -> None:
@@ -413,10 +487,13 @@ class Diagnostics:
             if module.training and torch.is_grad_enabled():
                 self.begin(inside=module)
             else:
-                self._capture.close()
+                with self.border:
+                    self._capture.close()
 
         def after_forward(module: nn.Module, _: object, output: object) -> None:
-            if output is None:  # it raised; otherwise the loss is still to come
+            if output is not None:  # None: it raised; otherwise the loss is still to come
+                return
+            with self.border:
                 self._capture.close()
 
         for model in self.models:
@@ -433,31 +510,40 @@ class Diagnostics:
         return replace(tap, observe=observe)
 
     def _begin_step(self) -> None:
+        if self._in_step:
+            return
+        self._in_step = True  # this and the next line first: whatever fails, ranks must send the same messages
+        self._sampling = self._schedule.due(self.step_count)
+        self._seen_gradients.clear()
+        self._updated.clear()
+        if self._failed:
+            return
         if not self._armed:
             self._arm()
-        if not self._in_step:
-            self._in_step = True
-            self._outlet.start(self.run, self.segment, self.step_count)
-            self._sampling = self._schedule.due(self.step_count)
-            self._seen_gradients.clear()
-            self._updated.clear()
+        self._outlet.start(self.run, self.segment, self.step_count)
 
-    def _before_update(self, name: str) -> None:
+    def _before_update(self, name: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steps_end_with_updates:
-            self._capture.close()
+            with self.border:
+                self._capture.close()
             if name in self._updated:
                 self.end()
-            self._begin_step()
-        if not self._in_step:
+            with self.border:
+                self._begin_step()
+        if self._failed or not self._in_step:
             return
-        rate = self.watched.optimizers[name].param_groups[0].get("lr")
-        if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
-            self._learning_rates[name] = float(rate)
-        if self.measures_applied_gradients and name not in self._seen_gradients:
-            self.gradients(name, applied=True)
+        with self.border:
+            rate = optimizer.param_groups[0].get("lr")
+            if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
+                self._learning_rates[name] = float(rate)
+            if not _has_closure(args, kwargs):  # a closure makes the gradients, when this hook is over
+                # a fused optimizer divides by the loss scale itself, inside of its step
+                self._measure_applied(name, getattr(optimizer, "grad_scale", None))
 
-    def _after_update(self, name: str) -> None:
-        with self._meter:
+    def _after_update(self, name: str, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.border, self._meter:
+            if _has_closure(args, kwargs):
+                self._measure_applied(name)
             self.updates[name] += 1
             self._updated.add(name)
             self._seen_gradients.discard(name)
@@ -466,64 +552,84 @@ class Diagnostics:
         if self._steps_end_with_updates and len(self.watched.optimizers) == 1:
             self.end()
 
+    def _measure_applied(self, name: str, scale: Tensor | float | None = None) -> None:
+        """Gradients as the optimizer uses them, where nobody has shown them before."""
+        if self._in_step and self.measures_applied_gradients and name not in self._seen_gradients:
+            self.gradients(name, applied=True, scale=scale)
+
     def _measures_fast(self) -> bool:
         return self._in_step and (self.settings.fast or self._sampling)
 
-    def _measuring(self) -> list[MonitorLane]:
+    def _measuring(self) -> list[LeavingLane]:
         fast = [self._fast] if self._measures_fast() else []
         return [*fast, self._slow] if self._sampling and self._in_step else fast
 
     def _send(self) -> None:
-        facts = StepFacts(
-            updates=dict(self.updates),
-            learning_rates=dict(self._learning_rates),
-            seconds_per_step=self._meter.seconds_per_step,
-        )
-        costs = self._meter.recent_shares(self._schedule.cadence) if self._sampling else (math.nan, math.nan)
+        facts, costs = StepFacts(), (math.nan, math.nan)
+        with self.border:
+            facts = StepFacts(
+                updates=dict(self.updates),
+                learning_rates=dict(self._learning_rates),
+                seconds_per_step=self._meter.seconds_per_step,
+            )
+            if self._sampling:
+                costs = self._meter.recent_shares(self._schedule.cadence)
         for lane in self._measuring():
-            lane.send(self.step_count, facts, costs)
+            with self.border:  # each by itself: other ranks count on both
+                lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None) -> None:
         """Judges and tells what the step before has shown."""
-        try:
-            heard = self._aside.take(patience) if self._aside.busy else []
-        except FutureTimeoutError:  # it waits for a rank that will not answer
-            return
-        heard += self._hear(self.run, self._told_coverage, patience)
+        with self.border:
+            try:
+                if self._aside.busy:
+                    self._aside.take(patience)
+            except FutureTimeoutError:  # it waits for a rank that will not answer
+                return
+        for lane in self._lanes():
+            with self.border:  # each by itself: what is not received keeps the next step from being sent
+                self._hear(lane, self.run, self._told_coverage, patience)
+        heard, self._heard = self._heard, []
         for lane, received, alerts in heard:
-            lane.settle(received)
-            if lane is self._slow:
-                self._after_sample(received)
-            if any(a.status == "opened" for a in alerts):
-                # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
-                self._schedule.open_burst(received.frame.step + 2)
-            self._outlet.frame(received.frame, alerts)
+            with self.border:
+                lane.settle(received)
+                if lane is self._slow:
+                    self._after_sample(received)
+                if any(a.status == "opened" for a in alerts):
+                    # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
+                    self._schedule.open_burst(received.frame.step + 2)
+                self._outlet.frame(received.frame, alerts)
+        left = next((lane.left for lane in self._lanes() if lane.left), None)
+        if left is not None and not self._off:
+            self._switch_off()
+            if not self._failed:
+                self._failed = left
+                self._tell(
+                    f"diagnostics are off from step {self.step_count} on: {left}; training goes on without them"
+                )
 
-    def _hear_aside(self, run: RunInfo, told: bool) -> list[_Heard]:
+    def _hear_aside(self, run: RunInfo, told: bool) -> None:
         self._outlet.write_due()
-        return self._hear(run, told, aside=True)
+        for lane in self._lanes():
+            if lane.pending and not lane.ready():
+                break  # all ranks must answer it, and only the training thread starts collectives
+            self._hear(lane, run, told)
 
-    def _hear(self, run: RunInfo, told: bool, patience: float | None = None, *, aside: bool = False) -> list[_Heard]:
+    def _hear(self, lane: LeavingLane, run: RunInfo, told: bool, patience: float | None = None) -> None:
         """Receives and judges, and leaves everything else to :meth:`_receive`, so that it can be done in any thread.
 
         Args:
+            lane: Whose message.
             run: Facts of the run.
             told: Whether a first sample has told of attention already.
             patience: Seconds to wait for other ranks.
-            aside: Stop at a message that all ranks must answer: only the training thread starts collectives.
         """
-        heard: list[_Heard] = []
-        for lane in self._lanes():
-            if aside and lane.pending and not lane.ready():
-                break
-            received = lane.receive(run, self.segment, patience)
-            if received is None:
-                continue
-            if lane is self._slow and not told and (seen := received.frame.readings.get("attention/max_logit")):
-                run = with_attention(run, seen)
-                received = replace(received, frame=replace(received.frame, run=run))
-            heard.append((lane, received, self._judge.hear(received.frame)))
-        return heard
+        received = lane.receive(run, self.segment, patience)
+        if received is None:
+            return
+        if lane is self._slow and not told and (seen := received.frame.readings.get("attention/max_logit")):
+            received = replace(received, frame=replace(received.frame, run=with_attention(run, seen)))
+        self._heard.append((lane, received, self._judge.hear(received.frame)))
 
     def _after_sample(self, received: Received) -> None:
         before, (fast_cost, slow_cost) = self._schedule.cadence, received.costs
@@ -531,7 +637,7 @@ class Diagnostics:
             self._meter.forget_samples()
             if not self._told_backoff:  # once: it goes up and down with the load of the machine
                 self._told_backoff = True
-                self._outlet.say(
+                self._tell(
                     f"samples took {slow_cost:.1%} of the step time and all the rest {fast_cost:.1%}: sampling every "
                     f"{self._schedule.cadence} steps now, no longer every {before}, to stay below "
                     f"max_overhead={self.settings.max_overhead}; it adapts from here on without a word"
@@ -539,7 +645,8 @@ class Diagnostics:
         if not self._told_coverage:
             self._told_coverage = True
             self.run = received.frame.run
-            self._outlet.coverage(self.run, self.coverage, received.frame.step)
+            with self.border:  # one rank writes; what all ranks decide comes after it
+                self._outlet.coverage(self.run, self.coverage, received.frame.step)
 
     def _refuse_loss(self, value: object) -> None:
         if self._refused_loss:
@@ -551,6 +658,11 @@ class Diagnostics:
         )
 
 
+def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``optimizer.step`` was called with a function that evaluates the model."""
+    return callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
+
+
 def _shared_run_id() -> str:
     """A fresh identifier, the first rank's on all ranks: alert ids are made of it."""
     identifier = [secrets.token_hex(6)]
@@ -559,7 +671,7 @@ def _shared_run_id() -> str:
     return identifier[0]
 
 
-_Heard = tuple[MonitorLane, Received, list[Alert]]
+_Heard = tuple[LeavingLane, Received, list[Alert]]
 
 
 class Step:

@@ -49,18 +49,34 @@ def _local(tensor: Tensor) -> Tensor:
 def replicas(tensor: Tensor, world_size: int) -> int:
     """How many ranks hold the same data: what a sum over all ranks counts too often.
 
-    A plain tensor is taken as replicated everywhere (data parallel). Only ``Replicate`` is tested for, because other
-    placements, strided shards among them, all mean that the data is split.
+    A plain tensor is taken as replicated everywhere (data parallel). Of a distributed one only ``Replicate`` is
+    tested for, because other placements, strided shards among them, all mean that the data is split. A flat parameter
+    of ``FullyShardedDataParallel`` is split as its sizes say; it is recognised by its attributes, without an import.
+
+    Raises:
+        NotImplementedError: For a slice that stands for an original parameter (``use_orig_params=True``): ranks
+            without a part of it have no gradient, which cannot be told from one that is missing.
 
     Example:
         >>> replicas(torch.ones(2), world_size=8)
         8
     """
     if not isinstance(tensor, DTensor):
-        return world_size
+        return _flat_replicas(tensor, world_size) if hasattr(tensor, "_fsdp_flattened") else world_size
     mesh = tensor.device_mesh
     same = world_size // mesh.size()
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             same *= mesh.size(dimension)
     return same
+
+
+def _flat_replicas(tensor: Tensor, world_size: int) -> int:
+    whole, part = getattr(tensor, "_unpadded_unsharded_size", None), getattr(tensor, "_sharded_size", None)
+    if whole is None or part is None:
+        raise NotImplementedError(
+            "norms of parameters that FullyShardedDataParallel has split with use_orig_params=True are not measured; "
+            "use_orig_params=False and fully_shard are"
+        )
+    counts = (n for n in range(world_size, 0, -1) if world_size % n == 0)
+    return world_size // next(n for n in counts if -(-whole.numel() // n) == part.numel())

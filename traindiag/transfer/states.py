@@ -27,12 +27,24 @@ class Group:
         cells: ``n`` cells.
         sums: Tensors ``[n]``, added over ranks; identity 0.
         maxima: Tensors ``[n]``, the largest over ranks wins, NaN before anything; identity: unseen.
+
+    Raises:
+        ValueError: If a state is not ``[n]``.
     """
 
     name: str
     cells: Cells
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.cells),)
+        for name, state in (*self.sums.items(), *self.maxima.items()):
+            if state.shape != expected:  # a message of another length than the other ranks' would end the process
+                raise ValueError(
+                    f"group {self.name!r}: a state has one number a cell, {expected}; {name!r} has the shape "
+                    f"{tuple(state.shape)}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
