@@ -14,3 +14,9 @@ def _frozen_imports() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions leave ``bf16=True`` of one run in the environment for the next."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)

@@ -42,13 +42,16 @@ def measured(diagnostics: HFTrainingDiagnostics, signal: str) -> Any:
     return diagnostics.history[signal].values[:, 0]
 
 
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (llama, {}),
         (llama, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.01}),
         (llama, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "data": Text(100, ragged=True)}),
-        (gpt2, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, "gradient_checkpointing": True}),
+        (gpt2, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01, **CHECKPOINTING}),
         # 7 batches an epoch: the last step of each has a single micro-batch
         (llama, {"gradient_accumulation_steps": 2, "data": Text(28, ragged=True), "max_grad_norm": 0.01}),
     ],

@@ -100,7 +100,8 @@ def test_what_the_trainer_keeps_and_prints_is_as_before(tmp_path: Path) -> None:
     _, _, without = run(tmp_path / "without", "none", watched=False)
     _, _, with_it = run(tmp_path / "with", "none", watched=True)
     assert with_it.logs == without.logs  # its history, and so its trainer_state.json
-    assert (tmp_path / "with" / "traindiag" / "alerts.jsonl").exists()  # beside its checkpoints
+    (ours,) = (tmp_path / "with").rglob("events*")
+    assert ours.parent.name == "traindiag" and (ours.parent / "alerts.jsonl").exists()
     assert "gradient/norm" in read_log(tmp_path / "with").history
 
 

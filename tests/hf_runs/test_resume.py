@@ -26,7 +26,7 @@ class Kill(transformers.TrainerCallback):  # type: ignore[misc]
 def diagnostics() -> HFTrainingDiagnostics:
     rules = [
         Threshold("loss/value", below=5.3, persistence=3, name="loss-low", severity="info"),
-        Threshold("attention/max_logit", above=5.0, persistence=2, name="logit", severity="warning"),
+        Threshold("attention/max_logit", above=2.0, persistence=2, name="logit", severity="warning"),
         Threshold("loss/value", above=5.45, name="loss-high", severity="info"),
     ]
     return HFTrainingDiagnostics(rules=rules, every_n_steps=3, max_overhead=None, terminal=False)
