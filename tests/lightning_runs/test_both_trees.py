@@ -153,7 +153,8 @@ def test_public_name_is_that_of_the_tree_that_is_installed(fresh: pytest.MonkeyP
     assert both.__module__ == "traindiag.lightning"
     del traindiag.TrainingDiagnostics
     fresh.delitem(sys.modules, "traindiag.lightning")
-    fresh.setitem(sys.modules, "lightning", None)  # as if it were not installed
+    for module in ("lightning", "lightning.pytorch"):  # as if it were not installed
+        fresh.setitem(sys.modules, module, None)
     alone = traindiag.TrainingDiagnostics
     assert alone is import_module("traindiag.pytorch_lightning").TrainingDiagnostics
     del traindiag.TrainingDiagnostics
