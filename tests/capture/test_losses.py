@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function_unary,
+)
 from torch.utils.checkpoint import checkpoint
 
 from tests.capture.test_window import installed
@@ -543,27 +548,33 @@ def test_a_default_device_stays_the_lowest() -> None:
     assert sites == ["functional"] * 3
 
 
-def test_closing_inside_of_a_backward_pass_is_made_up_for() -> None:
-    """An optimizer that steps in backward ends the step there, where torch itself has taken the mode away."""
-    net, seen = Net(), []
+def test_a_step_that_ends_inside_of_its_backward_pass() -> None:
+    """As where the optimizer steps in backward: what happens to the mode there, autograd undoes."""
+    net = Net()
     window = Capture()
-    tap = LossTap(lambda call: seen.append(call.site))
-    window.prepare(watch(net, torch.optim.SGD(net.parameters(), lr=0.1)), [tap])
-    window.open()
-
-    def close_and_open(_: Tensor) -> None:
-        window.close()
-        window.open()
-
-    handle = net.body.weight.register_post_accumulate_grad_hook(close_and_open)
-    functional(net(X)).backward()
-    functional(net(X))
-    assert seen == ["functional"] * 2  # the mode is not there twice
-    handle.remove()
+    window.prepare(watch(net, torch.optim.SGD(net.parameters(), lr=0.1)), [LossTap(lambda call: None)])
     net.body.weight.register_post_accumulate_grad_hook(lambda _: window.close())
+    window.open()
     functional(net(X)).backward()
     window.close()
     assert installed() == (0, 0, 0)
+
+
+def through(x: Tensor, module: nn.Module) -> Tensor:
+    """A function of the program that modes see, as those of torch; a module runs in it."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(through, (x,), x, module)
+    return module(x)
+
+
+def test_modules_inside_of_a_call_that_the_mode_hands_on() -> None:
+    net = Net()
+
+    def step() -> Tensor:
+        through(X, net)
+        return F.cross_entropy(net(X), Y)
+
+    assert Sample(net, step).sites == ["step"]  # not twice
 
 
 def test_beside_compiled_parts_it_does_not_look_between_modules() -> None:
@@ -708,10 +719,11 @@ def test_loops_without_lightning(attached: bool, accumulate: int) -> None:
             logits = model(tokens)
             expected.append(logits.detach())
             next_token_loss(logits, targets)[0].backward()
-        model.eval()
-        with torch.no_grad():
-            next_token_loss(model(tokens), targets)
-        model.train()
+        if step:
+            model.eval()
+            with torch.no_grad():
+                next_token_loss(model(tokens), targets)
+            model.train()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -259,7 +259,7 @@ class Diagnostics:
             if self._sampling and not self._failed:
                 self._capture.open(inside)
             else:
-                self._capture.close()  # an update inside of a backward pass could not close it
+                self._capture.close()  # what a step that ended inside of its backward pass could not
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
