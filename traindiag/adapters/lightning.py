@@ -37,7 +37,7 @@ class TrainingDiagnostics(Callback):
         max_overhead: Share of the step time above which sampling backs off, on all ranks alike; None: never.
         actions: Functions that are called with every :class:`Alert`, beside its being shown.
         watch: Glob, or globs, over module names; ``"*"`` is every module that an optimizer trains.
-        default_monitors: Whether attention, gradient and loss are watched.
+        default_monitors: Whether attention, gradient, optimizer, wiring and loss are watched.
         default_rules: Whether the default pack judges.
         exclude: Families of default monitors, or names of default rules (globs), to leave out.
         fast: Whether loss and gradients are measured every step, or only with the samples.

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
+from traindiag.capture.parameter_sample import ParameterSample, Update
 from traindiag.capture.taps import AttentionCall, AttentionTap
 from traindiag.capture.window import Capture
 from traindiag.engine.judge import Judge
@@ -121,6 +122,7 @@ class Diagnostics:
         self._updated: set[str] = set()
         self._learning_rates: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
+        self._samples: dict[str, ParameterSample] = {}
         self._arm()
 
     # -- what there is to see ------------------------------------------------------------------
@@ -357,6 +359,11 @@ class Diagnostics:
                 with lane.contained(monitor, "taps"):
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
         self._capture.prepare(self.watched, taps)
+        ranks = world_size()
+        self._samples = {
+            name: ParameterSample(name, parameters, ranks=ranks)
+            for name, parameters in self.watched.parameters.items()
+        }
         for name, optimizer in self.watched.optimizers.items():
             self._handles.append(optimizer.register_step_pre_hook(lambda *_, n=name: self._before_update(n)))
             self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))
@@ -418,6 +425,11 @@ class Diagnostics:
             self._learning_rates[name] = float(rate)
         if self.measures_applied_gradients and name not in self._seen_gradients:
             self.gradients(name, applied=True)
+        if self._sampling:
+            with self._meter:
+                update = Update(self._samples[name], self.watched.optimizers[name])
+                for lane in self._measuring():
+                    lane.each(lambda m: m.before_update(name, update), "before_update")
 
     def _after_update(self, name: str) -> None:
         with self._meter:

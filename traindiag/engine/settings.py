@@ -12,8 +12,12 @@ from traindiag.engine.schedule import Schedule
 from traindiag.engine.yaml_settings import read_settings
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
+from traindiag.monitors.gradient_detail import GradientDetailMonitor
 from traindiag.monitors.loss import LossMonitor
 from traindiag.monitors.monitor import Monitor
+from traindiag.monitors.optimizer import OptimizerMonitor
+from traindiag.monitors.sentinel import SentinelMonitor
+from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import check_signal, near
 from traindiag.rules import default_pack
 from traindiag.rules.rule import Rule
@@ -27,7 +31,7 @@ class Settings:
 
     Args:
         monitors: Monitors beside the default ones.
-        default_monitors: Whether attention, gradient and loss are watched.
+        default_monitors: Whether attention, gradient, optimizer, wiring and loss are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
         exclude: Families of default monitors, or names of default rules (globs), to leave out.
@@ -121,7 +125,15 @@ class Settings:
 
 
 def _default_monitors(*, exact: bool) -> list[Monitor]:
-    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact)]
+    return [
+        LossMonitor(),
+        GradientMonitor(),
+        SentinelMonitor(),
+        AttentionMonitor(exact=exact),
+        GradientDetailMonitor(),
+        OptimizerMonitor(),
+        WiringMonitor(),
+    ]
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

@@ -15,7 +15,11 @@ import yaml
 
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
+from traindiag.monitors.gradient_detail import GradientDetailMonitor
 from traindiag.monitors.loss import LossMonitor
+from traindiag.monitors.optimizer import OptimizerMonitor
+from traindiag.monitors.sentinel import SentinelMonitor
+from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import near
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
@@ -27,7 +31,18 @@ PLUGINS = "traindiag.plugins"
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
-    "monitors": {c.__name__: c for c in (AttentionMonitor, GradientMonitor, LossMonitor)},
+    "monitors": {
+        c.__name__: c
+        for c in (
+            AttentionMonitor,
+            GradientMonitor,
+            GradientDetailMonitor,
+            LossMonitor,
+            OptimizerMonitor,
+            SentinelMonitor,
+            WiringMonitor,
+        )
+    },
     "actions": {},  # code that an alert runs: a file may only name what an installed package offers
 }
 

@@ -16,7 +16,10 @@ FAST_EVERY = 50
 """Steps between points of the fast lane where no slow sample sets the pace."""
 
 _MEDIAN = ("attention/max_logit", "attention/entropy")  # the worst head alone tells no outlier from a common drift
-_LOG_ONLY = ("gradient/parameter_norm",)  # the largest of many norms is the norm of the largest tensor
+_LOG_ONLY = (
+    "gradient/parameter_norm",
+    "optimizer/parameter_norm",
+)  # the largest of many norms is the norm of the largest tensor
 _THEIRS = "logged"  # numbers that the loop logs itself stand in its loggers already
 
 

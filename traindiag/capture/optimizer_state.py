@@ -1,0 +1,188 @@
+"""The one place that knows how optimizers name their state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from traindiag.capture.parameter_sample import ParameterSample
+from traindiag.functional.optimizer import SAMPLE, bias_correction, stride_of, strided
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoment:
+    """The second moment of one parameter's gradient, as its optimizer uses it.
+
+    Args:
+        values: Its sampled scalars ``[size]``, before bias correction.
+        eps: What is added to its root, or the least that the root can be.
+        correction: What it is divided by; a tensor where the optimizer counts its steps on the device.
+    """
+
+    values: Tensor
+    eps: float
+    correction: float | Tensor = 1.0
+
+
+class SecondMoments(NamedTuple):
+    """Those of all parameters of a sample.
+
+    Args:
+        values: ``[total]``; 0 where there is none.
+        eps: One number, or ``[n]`` where parameters differ.
+        correction: Likewise.
+        there: ``[n]``, 1 where there is one and 0 where there is none.
+    """
+
+    values: Tensor
+    eps: float | Tensor
+    correction: float | Tensor
+    there: Tensor
+
+
+def groups_of(optimizer: Optimizer) -> dict[int, Group]:
+    """Parameter group by ``id`` of the parameter."""
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def second_moment(
+    parameter: nn.Parameter, state: Mapping[str, Any], group: Group, limit: int = SAMPLE
+) -> SecondMoment | str:
+    """The second moment of ``parameter``, or why there is none.
+
+    Recognised by the names of the state and not by the class, so that third-party optimizers which keep Adam's
+    names work: Adam and its kin (``exp_avg_sq``, with AMSGrad ``max_exp_avg_sq``), RMSprop and Adadelta
+    (``square_avg``), Adafactor (``row_var`` and ``col_var``, or ``variance``). Momentum alone, sums that never decay
+    (Adagrad) and infinity norms (Adamax) are none.
+
+    Args:
+        parameter: The parameter.
+        state: What its optimizer keeps for it.
+        group: Its parameter group.
+        limit: Largest number of scalars looked at.
+    """
+    if not state:
+        return "the optimizer keeps no state"
+    if "exp_avg_sq" in state:
+        return _adam(state, group, limit)
+    if "square_avg" in state:
+        return _square_average(state, group, limit)
+    if any(isinstance(state.get(key), Tensor) for key in ("row_var", "variance")):
+        return _adafactor(parameter, state, group, limit)
+    return f"the optimizer keeps {', '.join(sorted(map(str, state)))}: no second moment that is known"
+
+
+@torch.no_grad()
+def second_moments(optimizer: Optimizer, sample: ParameterSample) -> SecondMoments | None:
+    """Second moments of all sampled parameters; None where no parameter has one."""
+    found = [m if isinstance(m, SecondMoment) else None for m in _each(optimizer, sample.parameters, sample.limit)]
+    first = next((m for m in found if m is not None), None)
+    if first is None:
+        return None
+    return SecondMoments(
+        values=sample.joined([m.values if m else None for m in found]),
+        eps=_common([m.eps for m in found if m], [m.eps if m else 1.0 for m in found], sample),
+        correction=_common([m.correction for m in found if m], [m.correction if m else 1.0 for m in found], sample),
+        there=sample.column([m is not None for m in found]),
+    )
+
+
+def _common(
+    values: Sequence[float | Tensor], filled: Sequence[float | Tensor], sample: ParameterSample
+) -> float | Tensor:
+    """The one number that all share and that then need not be sent to the device, or a column of them."""
+    first = values[0]
+    if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
+        return first
+    return sample.column(filled)
+
+
+def unseen_second_moments(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, int]:
+    """Why second moments are not seen, with the number of parameters for each reason."""
+    reasons = [m for m in _each(optimizer, parameters, limit=1) if isinstance(m, str)]
+    return dict(Counter(reasons))
+
+
+def learning_rates(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[float | Tensor]:
+    """The learning rate of each parameter; 0 of one that the optimizer does not own."""
+    groups = groups_of(optimizer)
+    return [groups.get(id(p), {}).get("lr", 0.0) for p in parameters]
+
+
+def skipped_itself(optimizer: Optimizer) -> Tensor | None:
+    """Whether a fused optimizer skips this step because a scaled gradient overflowed: above 0 then.
+
+    It is known while the optimizer steps, hooks included. None where a loss scaler decides before it calls the
+    optimizer.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found.detach().reshape(()) if isinstance(found, Tensor) else None
+
+
+def _each(optimizer: Optimizer, parameters: Sequence[nn.Parameter], limit: int) -> list[SecondMoment | str]:
+    groups = groups_of(optimizer)
+    # get: the state is a defaultdict, and looking a parameter up would change the user's checkpoint
+    return [second_moment(p, optimizer.state.get(p, {}), groups.get(id(p), {}), limit) for p in parameters]
+
+
+def _adam(state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | str:
+    betas, step = group.get("betas"), state.get("step", group.get("step"))
+    values = state["max_exp_avg_sq"] if group.get("amsgrad") and "max_exp_avg_sq" in state else state["exp_avg_sq"]
+    if not isinstance(betas, (tuple, list)) or len(betas) < 2 or "eps" not in group:
+        return "the optimizer keeps exp_avg_sq without betas and eps"
+    if not _plain(values):
+        return f"the optimizer keeps exp_avg_sq as {type(values).__name__}"
+    if not (group.get("bias_correction", True) and group.get("correct_bias", True)):
+        return SecondMoment(strided(values, limit), float(group["eps"]))
+    if step is None:
+        return "the optimizer keeps exp_avg_sq without a step"
+    correction = bias_correction(_on_host(betas[1]), _on_host(step))
+    return SecondMoment(strided(values, limit), float(group["eps"]), correction)
+
+
+def _square_average(state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | str:
+    values = state["square_avg"]
+    if "eps" not in group or not _plain(values):
+        return "the optimizer keeps square_avg in an unknown form"
+    sampled, eps = strided(values, limit), float(group["eps"])
+    if "rho" in group:  # Adadelta adds eps under the root
+        return SecondMoment(sampled + eps, eps**0.5)
+    if group.get("centered") and "grad_avg" in state:
+        sampled = sampled - strided(state["grad_avg"], limit).square()
+    return SecondMoment(sampled, eps)
+
+
+def _adafactor(parameter: nn.Parameter, state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | str:
+    eps = group.get("eps", (None,))[0]
+    least = float(torch.finfo(parameter.dtype).eps if eps is None else eps)
+    if isinstance(variance := state.get("variance"), Tensor):
+        return SecondMoment(strided(variance, limit), least)
+    row, column = state["row_var"], state["col_var"]
+    if isinstance(parameter, DTensor) or not (_plain(row) and _plain(column)):
+        return "the factored second moment is sharded"
+    mean = row.mean(dim=-2, keepdim=True).clamp(min=least)
+    at = torch.arange(0, parameter.numel(), stride_of(parameter.numel(), limit), device=row.device)
+    row, column, mean = (torch.take(t.expand(parameter.shape), at) for t in (row, column, mean))
+    return SecondMoment(row * column / mean, least)
+
+
+def _on_host(value: float | Tensor) -> float | Tensor:
+    """A number where that needs no wait for the device."""
+    return float(value) if not isinstance(value, Tensor) or value.device.type == "cpu" else value
+
+
+def _plain(value: object) -> bool:
+    """Whether the numbers are there as they are, and not quantised or elsewhere."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return False
+    part = value.to_local() if isinstance(value, DTensor) else value
+    return part.is_floating_point() and not hasattr(part, "__tensor_flatten__")
