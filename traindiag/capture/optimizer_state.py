@@ -16,6 +16,7 @@ from traindiag.capture.parameter_sample import ParameterSample
 from traindiag.functional.optimizer import SAMPLE, bias_correction, stride_of, strided
 
 Group = Mapping[str, Any]
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +38,16 @@ class SecondMoments(NamedTuple):
     """Those of all parameters of a sample.
 
     Args:
-        values: ``[total]``; 0 where there is none.
+        values: ``[total]``; infinite where there is none, so that no gradient is large against it.
         eps: One number, or ``[n]`` where parameters differ.
         correction: Likewise.
-        there: ``[n]``, 1 where there is one and 0 where there is none.
+        there: Whether each parameter has one.
     """
 
     values: Tensor
     eps: float | Tensor
     correction: float | Tensor
-    there: Tensor
-
-
-def groups_of(optimizer: Optimizer) -> dict[int, Group]:
-    """Parameter group by ``id`` of the parameter."""
-    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    there: list[bool]
 
 
 def second_moment(
@@ -84,15 +80,15 @@ def second_moment(
 @torch.no_grad()
 def second_moments(optimizer: Optimizer, sample: ParameterSample) -> SecondMoments | None:
     """Second moments of all sampled parameters; None where no parameter has one."""
-    found = [m if isinstance(m, SecondMoment) else None for m in _each(optimizer, sample.parameters, sample.limit)]
+    found = [m if isinstance(m, SecondMoment) else None for m in _each(optimizer, sample, sample.limit)]
     first = next((m for m in found if m is not None), None)
     if first is None:
         return None
     return SecondMoments(
-        values=sample.joined([m.values if m else None for m in found]),
+        values=sample.joined([m.values if m else None for m in found], missing=torch.inf),
         eps=_common([m.eps for m in found if m], [m.eps if m else 1.0 for m in found], sample),
         correction=_common([m.correction for m in found if m], [m.correction if m else 1.0 for m in found], sample),
-        there=sample.column([m is not None for m in found]),
+        there=[m is not None for m in found],
     )
 
 
@@ -106,16 +102,14 @@ def _common(
     return sample.column(filled)
 
 
-def unseen_second_moments(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, int]:
+def unseen_second_moments(optimizer: Optimizer, sample: ParameterSample) -> dict[str, int]:
     """Why second moments are not seen, with the number of parameters for each reason."""
-    reasons = [m for m in _each(optimizer, parameters, limit=1) if isinstance(m, str)]
-    return dict(Counter(reasons))
+    return dict(Counter(m for m in _each(optimizer, sample, limit=1) if isinstance(m, str)))
 
 
-def learning_rates(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[float | Tensor]:
+def learning_rates(optimizer: Optimizer, sample: ParameterSample) -> list[float | Tensor]:
     """The learning rate of each parameter; 0 of one that the optimizer does not own."""
-    groups = groups_of(optimizer)
-    return [groups.get(id(p), {}).get("lr", 0.0) for p in parameters]
+    return [group.get("lr", 0.0) for group in sample.groups(optimizer)]
 
 
 def skipped_itself(optimizer: Optimizer) -> Tensor | None:
@@ -128,10 +122,11 @@ def skipped_itself(optimizer: Optimizer) -> Tensor | None:
     return found.detach().reshape(()) if isinstance(found, Tensor) else None
 
 
-def _each(optimizer: Optimizer, parameters: Sequence[nn.Parameter], limit: int) -> list[SecondMoment | str]:
-    groups = groups_of(optimizer)
+def _each(optimizer: Optimizer, sample: ParameterSample, limit: int) -> list[SecondMoment | str]:
     # get: the state is a defaultdict, and looking a parameter up would change the user's checkpoint
-    return [second_moment(p, optimizer.state.get(p, {}), groups.get(id(p), {}), limit) for p in parameters]
+    state = optimizer.state
+    pairs = zip(sample.parameters, sample.groups(optimizer))
+    return [second_moment(p, state.get(p, _NOTHING), group, limit) for p, group in pairs]
 
 
 def _adam(state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,27 @@ class ParameterSample:
         self.parameters = tuple(p for _, p in kept)
         self.limit = limit
         self._ranks = ranks
+        self._group_count = 0
+        self._group_of: list[int | None] = []
         self._columns: dict[tuple[float, ...], Tensor] = {}
+        self._scalars: dict[tuple[bool, ...] | None, Tensor] = {}
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Sampled scalars of each parameter."""
         numels = [local_part(p).numel() for p in self.parameters]
         return tuple(-(-n // stride_of(n, self.limit)) for n in numels)
+
+    def groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The parameter group of each parameter; empty for one that the optimizer does not own.
+
+        Groups are found anew when their number changes; they are replaced by equal ones when a checkpoint is loaded.
+        """
+        groups = optimizer.param_groups
+        if len(groups) != self._group_count:
+            where = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+            self._group_count, self._group_of = len(groups), [where.get(id(p)) for p in self.parameters]
+        return [{} if i is None else groups[i] for i in self._group_of]
 
     @property
     def device(self) -> torch.device:
@@ -65,10 +79,15 @@ class ParameterSample:
         shares = [n / max(1, size) for n, size in zip(numels, self.sizes)]
         return self.column([share / replicas(p, self._ranks) for share, p in zip(shares, self.parameters)])
 
-    @cached_property
-    def scalars(self) -> Tensor:
-        """``[n]``: scalars of each parameter on this rank, each counted as :attr:`weights` says."""
-        return self.weights * self.column(self.sizes)
+    def scalars(self, of: Sequence[bool] | None = None) -> Tensor:
+        """``[n]``: what the sampled scalars of each parameter stand for, 0 for those that ``of`` leaves out."""
+        key = None if of is None or all(of) else tuple(of)
+        if key not in self._scalars:
+            if len(self._scalars) >= 16:
+                self._scalars.clear()
+            every = self.weights * self.column(self.sizes)
+            self._scalars[key] = every if key is None else every * self.column(key)
+        return self._scalars[key]
 
     @cached_property
     def share(self) -> Tensor:
@@ -88,10 +107,13 @@ class ParameterSample:
         return self.joined([None if t is None else strided(t, self.limit) for t in tensors])
 
     @torch.no_grad()
-    def joined(self, parts: Sequence[Tensor | None]) -> Tensor:
+    def joined(self, parts: Sequence[Tensor | None], missing: float = 0.0) -> Tensor:
         """One vector ``[sum(sizes)]`` of sampled parts, float32 or wider; a copy that does not follow its sources."""
         device = self.device
-        filled = [torch.zeros(size, device=device) if part is None else part for part, size in zip(parts, self.sizes)]
+        filled = [
+            torch.full((size,), missing, device=device) if part is None else part
+            for part, size in zip(parts, self.sizes)
+        ]
         if not filled:
             return torch.zeros(0, device=device)
         try:
@@ -127,25 +149,21 @@ class SampledGradients(NamedTuple):
     """Gradients of a sample.
 
     Args:
-        flat: ``[total]``; 0 where ``sampled`` is 0.
-        graded: ``[n]``, 1 where the parameter has a gradient.
-        sampled: ``[n]``, 1 where it was looked at; sparse gradients are not.
+        flat: ``[total]``; 0 where not sampled.
+        graded: Whether each parameter has a gradient.
+        sampled: Whether it was looked at; a sparse gradient is not.
     """
 
     flat: Tensor
-    graded: Tensor
-    sampled: Tensor
+    graded: list[bool]
+    sampled: list[bool]
 
 
 def sampled_gradients(sample: ParameterSample) -> SampledGradients:
     """The gradients that the parameters have now."""
     gradients = [p.grad for p in sample.parameters]
     dense = [None if g is None or g.layout is not torch.strided else g for g in gradients]
-    return SampledGradients(
-        sample.flat(dense),
-        sample.column([g is not None for g in gradients]),
-        sample.column([g is not None for g in dense]),
-    )
+    return SampledGradients(sample.flat(dense), [g is not None for g in gradients], [g is not None for g in dense])
 
 
 class Update:
@@ -186,6 +204,16 @@ class Update:
     def gradients(self) -> SampledGradients:
         """As the optimizer used them. Ask after the update: a closure may have computed them inside it."""
         return sampled_gradients(self.sample)
+
+    @cached_property
+    def change_squares(self) -> Tensor:
+        """``[n]``: sum of squares of :attr:`change` over each parameter's sample."""
+        return self.sample.squares(self.change)
+
+    @cached_property
+    def gradient_squares(self) -> Tensor:
+        """``[n]``: sum of squares of the gradient over each parameter's sample."""
+        return self.sample.squares(self.gradients.flat)
 
 
 def can_sample(tensor: Tensor) -> bool:

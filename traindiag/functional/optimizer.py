@@ -42,7 +42,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-@torch.no_grad()
 def strided(tensor: Tensor, limit: int = SAMPLE) -> Tensor:
     """The same scalars of a tensor every time: every ``stride_of``-th in logical order, whatever its memory layout.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from traindiag.capture.optimizer_state import skipped_itself
-from traindiag.capture.parameter_sample import ParameterSample, sampled_gradients
+from traindiag.capture.parameter_sample import ParameterSample, Update, sampled_gradients
 from traindiag.capture.watched import Watched
 from traindiag.monitors.monitor import Monitor
 from traindiag.monitors.parameter_cells import joined_cells, joined_states, kept, ratio, reading
@@ -50,12 +50,16 @@ class GradientDetailMonitor(Monitor):
     def __init__(self) -> None:
         self._samples: dict[str, ParameterSample] = {}
         self._true: dict[str, Tensor] = {}
+        self._updates: dict[str, Update] = {}
         self._states: dict[str, Tensor] = {}
         self._optimizers: Mapping[str, Optimizer] = {}
         self._clips: dict[str, Tensor] = {}
         self._recent: dict[str, deque[float]] = {}
 
     def prepare(self, watched: Watched) -> None:
+        """Keeps the order of the first call, which is also that of every :class:`Update`."""
+        if self._optimizers == watched.optimizers:
+            return
         ranks = world_size()
         self._optimizers = watched.optimizers
         self._samples = {
@@ -68,8 +72,8 @@ class GradientDetailMonitor(Monitor):
         sample = self._samples[optimizer]
         found = sampled_gradients(sample)
         flat = found.flat if scale is None else found.flat / scale
-        looked = sample.scalars * found.sampled
-        zero = torch.where(found.sampled > 0, sample.weights * sample.squares((flat == 0).float()), 0.0)
+        looked = sample.scalars(found.sampled)
+        zero = torch.minimum(sample.weights * sample.squares((flat == 0).float()), looked)  # what is missing reads 0
         if applied:
             true = squares = torch.zeros_like(looked)
         else:
@@ -78,15 +82,18 @@ class GradientDetailMonitor(Monitor):
         states = torch.stack([true, squares, looked, zero])
         self._states[optimizer] = states + self._states[optimizer] if optimizer in self._states else states
 
+    def before_update(self, optimizer: str, update: Update) -> None:
+        self._updates[optimizer] = update
+
     @torch.no_grad()
     def updated(self, optimizer: str) -> None:
-        before = self._true.pop(optimizer, None)
-        if before is None:
+        before, update = self._true.pop(optimizer, None), self._updates.pop(optimizer, None)
+        if before is None or update is None:
             return
-        after = sampled_gradients(self._samples[optimizer]).flat
+        after = update.gradients.flat
         clipped = (after.abs() < before.abs() * (1 - _SHRUNK)).any().float()
         state = torch.stack([clipped, torch.ones_like(clipped)])
-        if (skipped := skipped_itself(self._optimizers[optimizer])) is not None:
+        if (skipped := skipped_itself(update.optimizer)) is not None:
             state = torch.where(skipped.to(state.device) > 0, 0.0, state)
         self._clips[optimizer] = state + self._clips[optimizer] if optimizer in self._clips else state
 
@@ -94,6 +101,7 @@ class GradientDetailMonitor(Monitor):
         states, clips = self._states, self._clips
         self._states, self._clips = {}, {}
         self._true.clear()
+        self._updates.clear()
         groups = []
         if states:
             cells = joined_cells(tuple(self._samples[name].cells for name in states))

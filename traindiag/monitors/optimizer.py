@@ -59,9 +59,9 @@ class OptimizerMonitor(Monitor):
         sample = update.sample
         rows = [
             sample.share,
-            sample.scalars,
+            sample.scalars(),
             sample.weights * sample.squares(update.before),
-            sample.weights * sample.squares(update.change),
+            sample.weights * update.change_squares,
             *_gradient_rows(update),
         ]
         states = torch.stack(rows)
@@ -100,17 +100,16 @@ def _gradient_rows(update: Update) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sample = update.sample
     moments = second_moments(update.optimizer, sample)
     if moments is None:
-        return (torch.zeros_like(sample.scalars),) * 4
+        return (torch.zeros_like(sample.weights),) * 4
     gradients = update.gradients
-    seen = gradients.sampled * moments.there
+    seen = [a and b for a, b in zip(gradients.sampled, moments.there)]
     relative = rms_t_squares(
         gradients.flat, moments.values, sample.sizes, eps=moments.eps, correction=moments.correction
     )
-    eps = sample.column([moments.eps] * len(sample.sizes)) if isinstance(moments.eps, float) else moments.eps
-    in_eps = torch.where(eps > 0, sample.squares(gradients.flat) / eps.square(), 0.0)
-    return (
-        sample.scalars * seen,
-        torch.where(seen > 0, sample.weights * relative, 0.0),
-        sample.scalars * seen * (eps > 0),
-        torch.where(seen > 0, sample.weights * in_eps, 0.0),
-    )
+    scalars = sample.scalars(seen)
+    if isinstance(moments.eps, float):
+        with_eps = scalars if moments.eps > 0 else torch.zeros_like(scalars)
+    else:
+        with_eps = scalars * (moments.eps > 0)
+    in_eps = update.gradient_squares / (moments.eps * moments.eps or 1.0)
+    return scalars, sample.weights * relative, with_eps, sample.weights * in_eps

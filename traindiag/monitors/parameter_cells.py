@@ -31,12 +31,12 @@ def joined_cells(parts: tuple[Cells, ...]) -> Cells:
     return Cells(parts[0].axes, together)
 
 
-def joined_states(parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """States ``[states, n]`` of several optimizers end to end on one device, state by state."""
+def joined_states(parts: Iterable[Tensor]) -> Tensor:
+    """States ``[..., n]`` of several optimizers, end to end on one device."""
     several = list(parts)
-    if len(several) > 1:
-        several = [torch.cat([p.to(several[0].device, non_blocking=True) for p in several], dim=1)]
-    return several[0].unbind()
+    if len(several) == 1:
+        return several[0]
+    return torch.cat([p.to(several[0].device, non_blocking=True) for p in several], dim=-1)
 
 
 def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -45,7 +45,7 @@ class SentinelMonitor(Monitor):
         self._optimizers: Mapping[str, Optimizer] = {}
         self._owned: Mapping[str, tuple[Named, ...]] = {}
         self._samples: dict[str, ParameterSample] = {}
-        self._states: dict[str, Tensor] = {}
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
         self._announced: dict[str, int] = {}
         self._stepped: dict[str, int] = {}
         self._overflowed: dict[str, Tensor] = {}
@@ -80,18 +80,20 @@ class SentinelMonitor(Monitor):
         relative = rms_t_squares(
             gradients.flat, moments.values, sample.sizes, eps=moments.eps, correction=moments.correction
         )
-        seen = gradients.sampled * moments.there
+        squares = relative * sample.weights
+        scalars = sample.scalars([a and b for a, b in zip(gradients.sampled, moments.there)])
         if overflow is not None:  # then the moments are older than these gradients
-            seen = torch.where(overflow.to(seen.device) > 0, 0.0, seen)
-        states = torch.stack([torch.where(seen > 0, relative * sample.weights, 0.0), sample.scalars * seen])
-        self._states[optimizer] = states + self._states[optimizer] if optimizer in self._states else states
+            squares, scalars = (torch.where(overflow.to(s.device) > 0, 0.0, s) for s in (squares, scalars))
+        if optimizer in self._states:
+            squares, scalars = squares + self._states[optimizer][0], scalars + self._states[optimizer][1]
+        self._states[optimizer] = squares, scalars
 
     def collect(self) -> Sequence[Group]:
         states, self._states = self._states, {}
         groups = []
         if states:
             cells = joined_cells(tuple(self._samples[name].cells for name in states))
-            squares, scalars = joined_states(states.values())
+            squares, scalars = (joined_states([pair[i] for pair in states.values()]) for i in (0, 1))
             groups.append(Group("sentinels", cells, {"squares": squares, "scalars": scalars}))
         if skipped := self._skipped():
             groups.append(skipped)

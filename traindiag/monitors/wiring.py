@@ -28,8 +28,8 @@ _FINGERPRINT = 256
 """Scalars of a tensor that stand for it where only equality is asked for."""
 
 _UPDATE_STATES = ("updates", "graded", "moving", "changed")
-"""Per parameter: updates; those with a gradient; sampled scalars with a gradient other than 0 while the learning rate
-was above 0; sampled scalars that changed."""
+"""Per parameter: updates; those with a gradient; those in which some sampled scalar had a gradient other than 0 while
+the learning rate was above 0; those in which some sampled scalar changed."""
 
 
 class WiringMonitor(Monitor):
@@ -104,12 +104,12 @@ class WiringMonitor(Monitor):
         if update is None or not update.sample.parameters:
             return
         sample, gradients = update.sample, update.gradients
-        rates = learning_rates(update.optimizer, sample.parameters)
+        rates = learning_rates(update.optimizer, sample)
         learns = sample.column([rate > 0 for rate in rates])
-        moving = gradients.sampled * learns * sample.squares((gradients.flat != 0).float())
-        changed = sample.squares((update.change != 0).float())
+        moving = learns * (update.gradient_squares != 0)  # a NaN is not 0
+        changed = (update.change_squares != 0).to(learns.dtype)
         trainable = sample.column([p.requires_grad for p in sample.parameters])
-        states = torch.stack([trainable, gradients.graded, moving, changed])
+        states = torch.stack([trainable, sample.column(gradients.graded), moving, changed])
         if (skipped := skipped_itself(update.optimizer)) is not None:
             states = torch.where(skipped.to(states.device) > 0, 0.0, states)
         if optimizer in self._states:
