@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +76,6 @@ def second_moment(
     return f"the optimizer keeps {', '.join(sorted(map(str, state)))}: no second moment that is known"
 
 
-@torch.no_grad()
 def second_moments(optimizer: Optimizer, sample: ParameterSample) -> SecondMoments | None:
     """Second moments of all sampled parameters; None where no parameter has one."""
     found = [m if isinstance(m, SecondMoment) else None for m in _each(optimizer, sample, sample.limit)]
@@ -102,9 +100,14 @@ def _common(
     return sample.column(filled)
 
 
-def unseen_second_moments(optimizer: Optimizer, sample: ParameterSample) -> dict[str, int]:
-    """Why second moments are not seen, with the number of parameters for each reason."""
-    return dict(Counter(m for m in _each(optimizer, sample, limit=1) if isinstance(m, str)))
+def unseen_second_moments(optimizer: Optimizer, sample: ParameterSample) -> dict[str, list[str]]:
+    """Names of the parameters whose second moments are not seen, by reason."""
+    reasons: dict[str, list[str]] = {}
+    with torch.no_grad():
+        for moment, (_, name) in zip(_each(optimizer, sample, limit=1), sample.cells.coordinates):
+            if isinstance(moment, str):
+                reasons.setdefault(moment, []).append(str(name))
+    return reasons
 
 
 def learning_rates(optimizer: Optimizer, sample: ParameterSample) -> list[float | Tensor]:

@@ -22,6 +22,8 @@ AXES = ("optimizer", "parameter")
 class ParameterSample:
     """The same scalars of each parameter at every step; large tensors by evenly spaced ones, small ones whole.
 
+    To be used under ``no_grad``.
+
     Args:
         optimizer: Name of the optimizer.
         parameters: Its parameters with their names. What holds no numbers (sparse, quantised, not materialised) is
@@ -101,12 +103,10 @@ class ParameterSample:
         place = torch.cat([torch.arange(size) for size in self.sizes] or [owner])
         return owner.to(self.device, non_blocking=True), place.to(self.device, non_blocking=True)
 
-    @torch.no_grad()
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Sampled scalars of ``tensors``, one shaped like each parameter; None is all zero."""
         return self.joined([None if t is None else strided(t, self.limit) for t in tensors])
 
-    @torch.no_grad()
     def joined(self, parts: Sequence[Tensor | None], missing: float = 0.0) -> Tensor:
         """One vector ``[sum(sizes)]`` of sampled parts, float32 or wider; a copy that does not follow its sources."""
         device = self.device
@@ -127,7 +127,6 @@ class ParameterSample:
         """Sum of squares over each parameter's sample, ``[n]``."""
         return segment_squares(flat, self.sizes) if self.sizes else torch.zeros(0, device=self.device)
 
-    @torch.no_grad()
     def column(self, values: Sequence[float | Tensor]) -> Tensor:
         """One number a parameter, ``[n]`` in float64 on the device; what comes from the host is sent there once."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64
@@ -169,6 +168,8 @@ def sampled_gradients(sample: ParameterSample) -> SampledGradients:
 class Update:
     """One update of one optimizer: the sample before and after it, each looked at once for all who ask.
 
+    To be used under ``no_grad``.
+
     Args:
         sample: What to look at.
         optimizer: The optimizer that is about to step.
@@ -179,6 +180,7 @@ class Update:
         self.optimizer = optimizer
         self._before: Tensor | None = None
 
+    @torch.no_grad()
     def remember(self) -> None:
         """Keeps the sample as it is now, before the update."""
         if self._before is None:

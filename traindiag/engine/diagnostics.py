@@ -140,8 +140,9 @@ class Diagnostics:
     @property
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, family by family, with reasons."""
-        looks = any(m.family == "attention" for lane in self._lanes() for m in lane.monitors.values())
-        return coverage_of(self._capture.coverage() if looks else None, self.watched, self.history)
+        families = {m.family for lane in self._lanes() for m in lane.monitors.values()}
+        attention = self._capture.coverage() if "attention" in families else None
+        return coverage_of(attention, self.watched, self.history, families)
 
     @property
     def overhead(self) -> float:

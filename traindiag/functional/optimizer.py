@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ SAMPLE = 4096
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@lru_cache(maxsize=65536)
 def stride_of(numel: int, limit: int = SAMPLE) -> int:
     """Distance between sampled scalars: the smallest that leaves at most ``limit`` and has no factor in common with
     the size, so that the sample is spread over every axis and does not run down one column.
@@ -65,7 +67,6 @@ def strided(tensor: Tensor, limit: int = SAMPLE) -> Tensor:
     return torch.take(tensor, torch.arange(0, tensor.numel(), stride, device=tensor.device))
 
 
-@torch.no_grad()
 def segment_squares(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     """Sum of squares of each part of a flat vector.
 
@@ -97,7 +98,6 @@ def bias_correction(beta2: float | Tensor, step: float | Tensor) -> float | Tens
     return -math.expm1(step * math.log(beta2)) if beta2 > 0 else 1.0
 
 
-@torch.no_grad()
 def rms_t_squares(
     gradient: Tensor,
     second_moment: Tensor,
