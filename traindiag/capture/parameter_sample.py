@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from traindiag.functional.gradient import replicas
-from traindiag.functional.optimizer import SAMPLE, local_part, segment_squares, stride_of, strided
+from traindiag.functional.optimizer import SAMPLE, local_part, segment_counts, segment_squares, stride_of, strided
 from traindiag.record.cells import Cells
 
 AXES = ("optimizer", "parameter")
@@ -126,6 +126,10 @@ class ParameterSample:
     def squares(self, flat: Tensor) -> Tensor:
         """Sum of squares over each parameter's sample, ``[n]``."""
         return segment_squares(flat, self.sizes) if self.sizes else torch.zeros(0, device=self.device)
+
+    def counts(self, flags: Tensor) -> Tensor:
+        """How many of ``flags`` ``[total]`` are true in each parameter's sample, ``[n]``."""
+        return segment_counts(flags, self.sizes) if self.sizes else torch.zeros(0, device=self.device)
 
     def column(self, values: Sequence[float | Tensor]) -> Tensor:
         """One number a parameter, ``[n]`` in float64 on the device; what comes from the host is sent there once."""

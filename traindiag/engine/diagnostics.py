@@ -123,6 +123,7 @@ class Diagnostics:
         self._learning_rates: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
         self._samples: dict[str, ParameterSample] = {}
+        self._stepping: dict[str, int] = {}
         self._arm()
 
     # -- what there is to see ------------------------------------------------------------------
@@ -221,6 +222,7 @@ class Diagnostics:
     def begin(self) -> None:
         """A micro-batch begins; the first one of a step begins the step."""
         with self._meter:
+            self._stepping.clear()  # a step that raised never came to its end
             self._begin_step()
             if self._sampling:
                 self._capture.open()
@@ -415,6 +417,9 @@ class Diagnostics:
             self._updated.clear()
 
     def _before_update(self, name: str) -> None:
+        depth = self._stepping[name] = self._stepping.get(name, 0) + 1
+        if depth > 1:  # a subclass whose step calls the step of its base runs every hook twice
+            return
         if self._steps_end_with_updates:
             if name in self._updated:
                 self.end()
@@ -433,6 +438,9 @@ class Diagnostics:
                     lane.each(lambda m: m.before_update(name, update), "before_update")
 
     def _after_update(self, name: str) -> None:
+        depth = self._stepping[name] = self._stepping.get(name, 0) - 1
+        if depth > 0:
+            return
         with self._meter:
             self.updates[name] += 1
             self._updated.add(name)

@@ -86,6 +86,23 @@ def segment_squares(flat: Tensor, sizes: Sequence[int]) -> Tensor:
     return found.square()
 
 
+def segment_counts(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """How many of each part of a flat vector are true.
+
+    Args:
+        flags: bool ``[sum(sizes)]``.
+        sizes: Lengths of the parts.
+
+    Returns:
+        ``[len(sizes)]``, whole numbers in float32.
+
+    Example:
+        >>> segment_counts(torch.tensor([True, True, False]), [2, 1])
+        tensor([2., 0.])
+    """
+    return torch.stack(torch._foreach_norm(torch.split(flags.float(), list(sizes)), 1))
+
+
 def bias_correction(beta2: float | Tensor, step: float | Tensor) -> float | Tensor:
     """``1 - beta2 ** step``, without cancellation where ``beta2`` is close to one; a tensor where either is one.
 

@@ -73,7 +73,7 @@ class GradientDetailMonitor(Monitor):
         found = sampled_gradients(sample)
         flat = found.flat if scale is None else found.flat / scale
         looked = sample.scalars(found.sampled)
-        zero = torch.minimum(sample.weights * sample.squares((flat == 0).float()), looked)  # what is missing reads 0
+        zero = torch.minimum(sample.weights * sample.counts(flat == 0), looked)  # what is missing reads 0
         if applied:
             true = squares = torch.zeros_like(looked)
         else:
