@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from traindiag.capture import optimizer_state
@@ -122,23 +122,22 @@ def oracle(moments: Iterator[Array], gradients: Sequence[Array], eps: float) -> 
     return [math.sqrt(np.mean(g**2 / np.maximum(v, eps**2))) for g, v in zip(gradients, moments)]
 
 
-O = torch.optim
 MOMENTS: dict[str, tuple[Callable[[Any], Optimizer], Callable[[list[Array]], Iterator[Array]], float]] = {
-    "adam": (lambda p: O.Adam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
-    "adamw": (lambda p: O.AdamW(p, lr=0.01, betas=(0.8, 0.95), weight_decay=0.3), lambda g: adam(0.95, g), 1e-8),
-    "single": (lambda p: O.AdamW(p, lr=0.01, foreach=False), lambda g: adam(0.999, g), 1e-8),
-    "foreach": (lambda p: O.AdamW(p, lr=0.01, foreach=True), lambda g: adam(0.999, g), 1e-8),
-    "fused": (lambda p: O.AdamW(p, lr=0.01, fused=True), lambda g: adam(0.999, g), 1e-8),
-    "amsgrad": (lambda p: O.AdamW(p, lr=0.01, amsgrad=True), lambda g: amsgrad(0.999, g), 1e-8),
-    "maximize": (lambda p: O.Adam(p, lr=0.01, maximize=True), lambda g: adam(0.999, g), 1e-8),
-    "large_eps": (lambda p: O.Adam(p, lr=0.01, eps=0.7), lambda g: adam(0.999, g), 0.7),
-    "no_memory": (lambda p: O.Adam(p, lr=0.01, betas=(0.9, 0.0)), lambda g: iter([x**2 for x in g]), 1e-8),
-    "nadam": (lambda p: O.NAdam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
-    "radam": (lambda p: O.RAdam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
-    "rmsprop": (lambda p: O.RMSprop(p, lr=0.01, momentum=0.5), lambda g: rmsprop(0.99, g), 1e-8),
-    "centered": (lambda p: O.RMSprop(p, alpha=0.9, centered=True), lambda g: rmsprop(0.9, g, True), 1e-8),
-    "adadelta": (lambda p: O.Adadelta(p), lambda g: (v + 1e-6 for v in rmsprop(0.9, g)), 1e-3),
-    "adafactor": (lambda p: O.Adafactor(p), adafactor, float(torch.finfo(torch.float32).eps)),
+    "adam": (lambda p: optim.Adam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
+    "adamw": (lambda p: optim.AdamW(p, lr=0.01, betas=(0.8, 0.95), weight_decay=0.3), lambda g: adam(0.95, g), 1e-8),
+    "single": (lambda p: optim.AdamW(p, lr=0.01, foreach=False), lambda g: adam(0.999, g), 1e-8),
+    "foreach": (lambda p: optim.AdamW(p, lr=0.01, foreach=True), lambda g: adam(0.999, g), 1e-8),
+    "fused": (lambda p: optim.AdamW(p, lr=0.01, fused=True), lambda g: adam(0.999, g), 1e-8),
+    "amsgrad": (lambda p: optim.AdamW(p, betas=(0.9, 0.5), amsgrad=True), lambda g: amsgrad(0.5, g), 1e-8),
+    "maximize": (lambda p: optim.Adam(p, lr=0.01, maximize=True), lambda g: adam(0.999, g), 1e-8),
+    "large_eps": (lambda p: optim.Adam(p, lr=0.01, eps=0.7), lambda g: adam(0.999, g), 0.7),
+    "no_memory": (lambda p: optim.Adam(p, lr=0.01, betas=(0.9, 0.0)), lambda g: iter([x**2 for x in g]), 1e-8),
+    "nadam": (lambda p: optim.NAdam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
+    "radam": (lambda p: optim.RAdam(p, lr=0.01), lambda g: adam(0.999, g), 1e-8),
+    "rmsprop": (lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5), lambda g: rmsprop(0.99, g), 1e-8),
+    "centered": (lambda p: optim.RMSprop(p, alpha=0.9, centered=True), lambda g: rmsprop(0.9, g, True), 1e-8),
+    "adadelta": (lambda p: optim.Adadelta(p), lambda g: (v + 1e-6 for v in rmsprop(0.9, g)), 1e-3),
+    "adafactor": (lambda p: optim.Adafactor(p), adafactor, float(torch.finfo(torch.float32).eps)),
 }
 
 
@@ -159,7 +158,7 @@ def test_rms_t_is_that_of_a_float64_replay(variant: str) -> None:
 def test_rms_t_stays_below_its_ceiling_and_sees_a_jump() -> None:
     quiet = [{n: torch.randn(s) for n, s in SHAPES.items()} for _ in range(40)]
     jump = {n: 100 * torch.randn(s) for n, s in SHAPES.items()}
-    diagnostics, _ = watched_run(lambda p: O.AdamW(p, betas=(0.9, 0.99)), [*quiet, jump])
+    diagnostics, _ = watched_run(lambda p: optim.AdamW(p, betas=(0.9, 0.99)), [*quiet, jump])
     for name, rms in values(diagnostics, "optimizer/rms_t").items():
         assert 0.5 < rms[30:40].mean() < 1.5 and 2.3 < rms[40] <= rms_t_ceiling(0.99), name
     every = values(diagnostics, "optimizer/sentinel_rms_t")
@@ -168,13 +167,13 @@ def test_rms_t_stays_below_its_ceiling_and_sees_a_jump() -> None:
 
 ANY: dict[str, Callable[[Any], Optimizer]] = {
     **{name: make for name, (make, _, _) in MOMENTS.items()},
-    "sgd": lambda p: O.SGD(p, lr=0.1),
-    "momentum": lambda p: O.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "adagrad": lambda p: O.Adagrad(p, lr=0.1),
-    "adamax": lambda p: O.Adamax(p, lr=0.1),
-    "rprop": lambda p: O.Rprop(p, lr=0.1),
-    "tensor_lr": lambda p: O.AdamW(p, lr=torch.tensor(0.01)),
-    "muon": lambda p: O.Muon([x for x in p if x.dim() == 2], lr=0.1),
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.1),
+    "adamax": lambda p: optim.Adamax(p, lr=0.1),
+    "rprop": lambda p: optim.Rprop(p, lr=0.1),
+    "tensor_lr": lambda p: optim.AdamW(p, lr=torch.tensor(0.01)),
+    "muon": lambda p: optim.Muon([x for x in p if x.dim() == 2], lr=0.1),
 }
 NO_MOMENT = ("sgd", "momentum", "adagrad", "adamax", "rprop", "muon")
 
@@ -185,18 +184,18 @@ def test_updates_are_those_of_a_float64_twin(variant: str) -> None:
     steps = pulls()
     diagnostics, _ = watched_run(ANY[variant], steps)
     twin = Pulled(dtype=torch.float32 if variant == "muon" else torch.float64)
-    options = ANY[variant](list(twin.parameters()))
-    for group in options.param_groups:  # the plain implementation, whatever was watched
+    replay = ANY[variant](list(twin.parameters()))
+    for group in replay.param_groups:  # the plain implementation, whatever was watched
         group.update({name: False for name in ("foreach", "fused") if name in group})
-    owned = {id(p) for g in options.param_groups for p in g["params"]}
+    owned = {id(p) for g in replay.param_groups for p in g["params"]}
     rms, relative, norm = (
         values(diagnostics, f"optimizer/{n}") for n in ("update_rms", "update_ratio", "parameter_norm")
     )
     for i, pull in enumerate(steps):
         before = {n: p.detach().clone() for n, p in twin.named_parameters() if id(p) in owned}
-        options.zero_grad()
+        replay.zero_grad()
         twin(pull).backward()
-        options.step()
+        replay.step()
         for name, parameter in twin.named_parameters():
             if name not in before:
                 assert name not in rms
@@ -282,7 +281,7 @@ def test_steps_counted_on_the_device_are_not_read_back(monkeypatch: pytest.Monke
 def test_looking_leaves_no_trace_in_the_optimizers_state() -> None:
     model = Pulled()
     model.vector.requires_grad_(False)
-    optimizer = O.AdamW(model.parameters(), lr=0.01)
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
     diagnostics = diagnose(model, optimizer)
     with diagnostics.step() as step:
         step.loss(model(pulls(1)[0])).backward()
@@ -303,7 +302,7 @@ def test_any_shape(shape: list[int], seed: int) -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(shape))
     model.other = nn.Parameter(torch.randn(3))
-    optimizer = O.AdamW(model.parameters(), lr=0.01)
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
     diagnostics = diagnose(model, optimizer)
     with diagnostics.step() as step:
         gradient = torch.randn(shape)
@@ -326,7 +325,7 @@ def test_any_shape(shape: list[int], seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_precisions(dtype: torch.dtype) -> None:
     model = Pulled(dtype=dtype)
-    optimizer = O.SGD(model.parameters(), lr=1e-12 if dtype is torch.float64 else 0.5)
+    optimizer = optim.SGD(model.parameters(), lr=1e-12 if dtype is torch.float64 else 0.5)
     before = model.matrix.detach().double().clone()
     diagnostics = diagnose(model, optimizer)
     with diagnostics.step() as step:
@@ -342,7 +341,7 @@ def test_a_weight_of_zero_has_no_ratio_and_nan_is_a_result() -> None:
     model = Pulled()
     with torch.no_grad():
         model.vector.zero_()
-    optimizer = O.AdamW(model.parameters(), lr=0.01)
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
     diagnostics = diagnose(model, optimizer, default_rules=False)
     for pull in pulls(2):
         pull["matrix"][0, 0] = torch.nan
@@ -367,7 +366,7 @@ def test_a_weight_of_zero_has_no_ratio_and_nan_is_a_result() -> None:
 
 def test_sparse_gradients_show_updates_and_nothing_of_gradients() -> None:
     model = nn.Embedding(50, 4, sparse=True)
-    optimizer = O.SparseAdam(model.parameters(), lr=0.1)
+    optimizer = optim.SparseAdam(model.parameters(), lr=0.1)
     diagnostics = diagnose(model, optimizer)
     before = model.weight.detach().clone()
     with diagnostics.step() as step:
@@ -385,7 +384,7 @@ def test_sparse_gradients_show_updates_and_nothing_of_gradients() -> None:
 def test_tied_weights_are_one_parameter() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(6, 3), "head": nn.Linear(3, 6, bias=False)})
     model["head"].weight = model["embed"].weight
-    optimizer = O.AdamW(model.parameters(), lr=0.01)
+    optimizer = optim.AdamW(model.parameters(), lr=0.01)
     diagnostics = diagnose(model, optimizer)
     with diagnostics.step() as step:
         step.loss(model["head"](model["embed"](torch.arange(6))).square().sum()).backward()
@@ -398,7 +397,7 @@ def test_tied_weights_are_one_parameter() -> None:
 
 def test_several_updates_of_a_step_are_their_root_mean_square() -> None:
     model = Pulled()
-    optimizer = O.SGD(model.parameters(), lr=0.1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
     diagnostics = diagnose(model, optimizer)
     changes, norms = [], []
     with diagnostics.step() as step:
@@ -418,7 +417,7 @@ def test_several_updates_of_a_step_are_their_root_mean_square() -> None:
 
 def test_optimizers_are_kept_apart_and_only_those_that_step_are_seen() -> None:
     model = Pulled()
-    first, second = O.AdamW([model.matrix, model.conv], lr=0.01), O.SGD([model.vector], lr=0.5)
+    first, second = optim.AdamW([model.matrix, model.conv], lr=0.01), optim.SGD([model.vector], lr=0.5)
     diagnostics = diagnose(model, {"body": first, "head": second})
     for i, pull in enumerate(pulls(4)):
         with diagnostics.step() as step:
@@ -460,7 +459,7 @@ def test_attached_to_a_loop_it_sees_the_same_updates() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_loss_scaler_skips(fused: bool) -> None:
     model = Pulled()
-    optimizer = O.AdamW(model.parameters(), lr=0.01, fused=fused)
+    optimizer = optim.AdamW(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     diagnostics = diagnose(model, optimizer, default_rules=False)
     steps, bad = pulls(), 3

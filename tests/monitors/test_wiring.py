@@ -25,8 +25,8 @@ def flagged(diagnostics: Diagnostics, flag: str) -> dict[str, list[int]]:
 
 
 def train(model: nn.Module, optimizers: Any, steps: int = 4, **hooks: Any) -> Diagnostics:
-    """``hooks``: ``before(i)`` the forward pass, ``loss(model, pull)``, ``after(i)`` the update."""
-    diagnostics = diagnose(model, optimizers)
+    """``hooks``: ``before(i)`` the forward pass, ``loss(model, pull)``, ``after(i)`` the update, ``every``."""
+    diagnostics = diagnose(model, optimizers, every_n_steps=hooks.get("every", 1))
     several = list(optimizers.values()) if isinstance(optimizers, dict) else [optimizers]
     for i, pull in enumerate(pulls(steps)):
         with diagnostics.step() as step:
@@ -97,6 +97,7 @@ def test_a_tensor_that_the_step_leaves_alone_is_unchanged() -> None:
     model = Pulled()
     diagnostics = train(model, Forgetful(model.parameters(), lr=0.1))
     assert flagged(diagnostics, "unchanged") == {"matrix": [0, 1, 2, 3]}
+    assert diagnostics.updates == {"Forgetful": 4}  # its step calls that of SGD, and both call our hooks
 
 
 def test_updates_lost_in_rounding_are_unchanged() -> None:
@@ -154,6 +155,19 @@ def test_thawing_is_not_a_changed_frozen_tensor() -> None:
     diagnostics = train(model, optimizer, before=before)
     assert flagged(diagnostics, "frozen_changed") == {}
     assert values(diagnostics, "wiring/owners")["conv"][-1] == 1
+
+
+def test_freezing_is_not_a_changed_frozen_tensor() -> None:
+    model = Pulled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def before(i: int) -> None:
+        if i == 4:  # it has moved since it was looked at in step 2
+            model.conv.requires_grad_(False)
+
+    diagnostics = train(model, optimizer, steps=8, before=before, every=2)
+    assert flagged(diagnostics, "frozen_changed") == {}
+    assert diagnostics.history["wiring/frozen_changed"].steps[0] == 6
 
 
 def test_owners() -> None:
