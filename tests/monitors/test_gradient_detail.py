@@ -120,6 +120,32 @@ def test_several_updates_where_one_lacks_a_gradient() -> None:
     assert {n: v[0] for n, v in values(diagnostics, "gradient/zero_fraction").items()} == dict.fromkeys(SHAPES, 1.0)
 
 
+def test_the_order_of_the_forward_pass_does_not_confuse_before_and_after() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(10 * self.first(x))
+            return out
+
+    torch.manual_seed(0)
+    model = Backwards()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    diagnostics = diagnose(model, optimizer, default_rules=False)
+    for _ in range(2):
+        for _ in range(2):
+            with diagnostics.step() as step:
+                optimizer.zero_grad()
+                step.loss(model(torch.ones(2, 3)).square().mean()).backward()
+                step.gradients()
+                optimizer.step()
+        diagnostics.finish()  # and the loop goes on, by then with parameters in the order of the forward pass
+    assert diagnostics.watched.parameters["SGD"][0][0] == "first.weight"
+    assert rate(diagnostics) == [0, 0, 0, 0]
+
+
 def test_the_window_forgets_and_survives_a_checkpoint() -> None:
     monitor = GradientDetailMonitor()
     monitor.load_state_dict({"recent": {"AdamW": [1.0] * (CLIP_WINDOW + 5)}})

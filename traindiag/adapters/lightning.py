@@ -39,7 +39,7 @@ class TrainingDiagnostics(Callback):
         watch: Glob, or globs, over module names; ``"*"`` is every module that an optimizer trains.
         default_monitors: Whether attention, gradient, optimizer, wiring and loss are watched.
         default_rules: Whether the default pack judges.
-        exclude: Families of default monitors, or names of default rules (globs), to leave out.
+        exclude: Families or names of default monitors, or names of default rules (globs), to leave out.
         fast: Whether loss and gradients are measured every step, or only with the samples.
         exact: Whether attention maxima are always exact, at a higher cost.
         layout: Whether a custom-scalars layout is written for TensorBoard.

@@ -25,12 +25,17 @@ class SecondMoment:
     Args:
         values: Its sampled scalars ``[size]``, before bias correction.
         eps: What is added to its root, or the least that the root can be.
-        correction: What it is divided by; a tensor where the optimizer counts its steps on the device.
+        bias: ``(beta2, step)`` of a moment that the optimizer corrects for bias; None for one that it does not.
     """
 
     values: Tensor
     eps: float
-    correction: float | Tensor = 1.0
+    bias: tuple[float | Tensor, float | Tensor] | None = None
+
+    @property
+    def correction(self) -> float | Tensor:
+        """What the moment is divided by; a tensor where the optimizer counts its steps on the device."""
+        return 1.0 if self.bias is None else bias_correction(*self.bias)
 
 
 class SecondMoments(NamedTuple):
@@ -79,25 +84,26 @@ def second_moment(
 def second_moments(optimizer: Optimizer, sample: ParameterSample) -> SecondMoments | None:
     """Second moments of all sampled parameters; None where no parameter has one."""
     found = [m if isinstance(m, SecondMoment) else None for m in _each(optimizer, sample, sample.limit)]
-    first = next((m for m in found if m is not None), None)
-    if first is None:
+    moments = [m for m in found if m is not None]
+    if not moments:
         return None
-    return SecondMoments(
-        values=sample.joined([m.values if m else None for m in found], missing=torch.inf),
-        eps=_common([m.eps for m in found if m], [m.eps if m else 1.0 for m in found], sample),
-        correction=_common([m.correction for m in found if m], [m.correction if m else 1.0 for m in found], sample),
-        there=[m is not None for m in found],
-    )
+    first = moments[0]
+    # one number for all, where there is one, need not be sent to the device
+    eps: float | Tensor = first.eps
+    correction = first.correction if _same(moments) else None
+    if any(m.eps != first.eps for m in moments):
+        eps = sample.column([m.eps if m else 1.0 for m in found])
+    if correction is None:
+        correction = sample.column([m.correction if m else 1.0 for m in found])
+    values = sample.joined([m.values if m else None for m in found], missing=torch.inf)
+    return SecondMoments(values, eps, correction, [m is not None for m in found])
 
 
-def _common(
-    values: Sequence[float | Tensor], filled: Sequence[float | Tensor], sample: ParameterSample
-) -> float | Tensor:
-    """The one number that all share and that then need not be sent to the device, or a column of them."""
-    first = values[0]
-    if not isinstance(first, Tensor) and all(not isinstance(v, Tensor) and v == first for v in values):
-        return first
-    return sample.column(filled)
+def _same(moments: Sequence[SecondMoment]) -> bool:
+    """Whether all are corrected alike, as far as the host knows."""
+    if any(isinstance(x, Tensor) for m in moments for x in m.bias or ()):
+        return False
+    return all(m.bias == moments[0].bias for m in moments)
 
 
 def unseen_second_moments(optimizer: Optimizer, sample: ParameterSample) -> dict[str, list[str]]:
@@ -143,8 +149,7 @@ def _adam(state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | 
         return SecondMoment(strided(values, limit), float(group["eps"]))
     if step is None:
         return "the optimizer keeps exp_avg_sq without a step"
-    correction = bias_correction(_on_host(betas[1]), _on_host(step))
-    return SecondMoment(strided(values, limit), float(group["eps"]), correction)
+    return SecondMoment(strided(values, limit), float(group["eps"]), (_on_host(betas[1]), _on_host(step)))
 
 
 def _square_average(state: Mapping[str, Any], group: Group, limit: int) -> SecondMoment | str:

@@ -362,11 +362,11 @@ class Diagnostics:
                 with lane.contained(monitor, "taps"):
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
         self._capture.prepare(self.watched, taps)
-        ranks = world_size()
-        self._samples = {
-            name: ParameterSample(name, parameters, ranks=ranks)
-            for name, parameters in self.watched.parameters.items()
-        }
+        if not self._samples:  # in the order of the model, for good: what is compared must keep its place
+            ranks = world_size()
+            self._samples = {
+                name: ParameterSample(name, owned, ranks=ranks) for name, owned in self.watched.parameters.items()
+            }
         for name, optimizer in self.watched.optimizers.items():
             self._handles.append(optimizer.register_step_pre_hook(lambda *_, n=name: self._before_update(n)))
             self._handles.append(optimizer.register_step_post_hook(lambda *_, n=name: self._after_update(n)))

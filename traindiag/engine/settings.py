@@ -34,7 +34,7 @@ class Settings:
         default_monitors: Whether attention, gradient, optimizer, wiring and loss are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
-        exclude: Families of default monitors, or names of default rules (globs), to leave out.
+        exclude: Families or names of default monitors, or names of default rules (globs), to leave out.
         every_n_steps: Cadence of the slow lane.
         max_overhead: Share of the step time above which the slow lane backs off; None: never.
         actions: Called with every alert, on the first rank, in order.
@@ -102,7 +102,7 @@ class Settings:
     def build_monitors(self) -> list[Monitor]:
         """Default monitors that are not excluded, then the user's."""
         defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
-        return [m for m in defaults if not self._excluded(m.family)] + list(self.monitors)
+        return [m for m in defaults if not (self._excluded(m.family) or self._excluded(m.name))] + list(self.monitors)
 
     def build_rules(self) -> list[Rule]:
         """Default rules that are not excluded, then the user's."""
@@ -115,7 +115,9 @@ class Settings:
     def _check_exclude(self) -> None:
         if isinstance(self.exclude, str):
             raise TypeError(f"exclude is a list of names, got the string {self.exclude!r}")
-        names = [m.family for m in _default_monitors(exact=False)] + [r.name for r in default_pack.default_rules()]
+        monitors = _default_monitors(exact=False)
+        names = [*dict.fromkeys([m.family for m in monitors] + [m.name for m in monitors])]
+        names += [r.name for r in default_pack.default_rules()]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

@@ -55,6 +55,7 @@ class GradientDetailMonitor(Monitor):
         self._optimizers: Mapping[str, Optimizer] = {}
         self._clips: dict[str, Tensor] = {}
         self._recent: dict[str, deque[float]] = {}
+        self._named: dict[tuple[str, ...], Cells] = {}
 
     def prepare(self, watched: Watched) -> None:
         """Keeps the order of the first call, which is also that of every :class:`Update`."""
@@ -108,8 +109,10 @@ class GradientDetailMonitor(Monitor):
             groups.append(Group("parameters", cells, dict(zip(_STATES, joined_states(states.values())))))
         if clips:
             clipped, updates = joined_states([c[:, None] for c in clips.values()])
-            cells = Cells.along("optimizer", clips)
-            groups.append(Group("clips", cells, maxima={"clipped": clipped, "updates": updates}))
+            names = tuple(clips)
+            if names not in self._named:
+                self._named[names] = Cells.along("optimizer", names)
+            groups.append(Group("clips", self._named[names], maxima={"clipped": clipped, "updates": updates}))
         return groups
 
     def readings(self, states: Mapping[str, Reduced]) -> Sequence[Reading]:

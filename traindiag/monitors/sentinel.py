@@ -15,13 +15,15 @@ from traindiag.capture.parameter_sample import ParameterSample, sampled_gradient
 from traindiag.capture.watched import Watched
 from traindiag.functional.optimizer import rms_t_squares
 from traindiag.monitors.monitor import Monitor
-from traindiag.monitors.parameter_cells import joined_cells, joined_states, kept, ratio, reading
+from traindiag.monitors.parameter_cells import joined_cells, joined_states, ratio
 from traindiag.record.catalogue import BY_NAME
 from traindiag.record.cells import Cells
 from traindiag.record.frame import Reading
 from traindiag.transfer.ranks import world_size
 from traindiag.transfer.states import Group, Reduced
 
+_SKIPPED = BY_NAME["optimizer/skipped"]
+_RMS_T = BY_NAME["optimizer/sentinel_rms_t"]
 Named = tuple[str, nn.Parameter]
 
 
@@ -39,7 +41,7 @@ class SentinelMonitor(Monitor):
     name = "sentinel"
     family = "optimizer"
     lane = "fast"
-    signals = (BY_NAME["optimizer/sentinel_rms_t"], BY_NAME["optimizer/skipped"])
+    signals = (_RMS_T, _SKIPPED)
 
     def __init__(self) -> None:
         self._optimizers: Mapping[str, Optimizer] = {}
@@ -113,8 +115,7 @@ class SentinelMonitor(Monitor):
         if overflowed:
             extra = [overflowed[n].to(device) if n in overflowed else torch.zeros((), device=device) for n in names]
             count = count + torch.stack([e.to(count.dtype) for e in extra])
-        ranks = self._constant((1.0,) * len(names), device)
-        return Group("skipped", self._names[names], {"skipped": count, "ranks": ranks})
+        return Group("skipped", self._names[names], {"skipped": count})
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """On the device, sent there once."""
@@ -126,13 +127,14 @@ class SentinelMonitor(Monitor):
     def readings(self, states: Mapping[str, Reduced]) -> Sequence[Reading]:
         found = []
         if (group := states.get("sentinels")) is not None:
-            values = np.sqrt(ratio(group.sums["squares"], group.sums["scalars"]))
-            seen = group.seen & (group.sums["scalars"] > 0)
-            found.append(reading("optimizer/sentinel_rms_t", group.cells, values, seen))
+            scalars = group.sums["scalars"]
+            values = np.sqrt(ratio(group.sums["squares"], scalars)).astype(np.float32)
+            if (seen := scalars > 0).any():
+                found.append(Reading(_RMS_T, group.cells, values, seen))
         if (group := states.get("skipped")) is not None:
-            values = ratio(group.sums["skipped"], group.sums["ranks"])
-            found.append(reading("optimizer/skipped", group.cells, values, group.seen))
-        return kept(found)
+            values = np.where(group.seen, group.sums["skipped"] / world_size(), np.nan).astype(np.float32)
+            found.append(Reading(_SKIPPED, group.cells, values, group.seen))
+        return found
 
 
 def sentinels(parameters: Sequence[Named], modules: Mapping[str, nn.Module]) -> tuple[Named, ...]:
