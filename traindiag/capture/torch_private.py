@@ -85,6 +85,11 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def is_flat_shard(parameter: nn.Parameter) -> bool:
+    """Whether FSDP1 keeps a slice of it here that is a plain tensor to everyone else."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def is_compiled(module: nn.Module) -> bool:
     """``torch.compile(module)``, ``module.compile()``, or a compiled method or function kept on the module."""
     if getattr(module, "_compiled_call_impl", None) is not None:

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
+from traindiag.capture.parameter_sample import ParameterSample, Update
 from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
@@ -137,6 +138,8 @@ class Diagnostics:
         self._updated: set[str] = set()
         self._learning_rates: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
+        self._samples: dict[str, ParameterSample] = {}
+        self._stepping: dict[str, int] = {}
         self._arm()
 
     # -- what there is to see ------------------------------------------------------------------
@@ -168,7 +171,7 @@ class Diagnostics:
         if "output" in families:
             outputs += self._capture.output_coverage()
         attention = self._capture.coverage() if "attention" in families else None
-        rows = coverage_of(attention, outputs, self.watched, self.history)
+        rows = coverage_of(attention, outputs, self.watched, self.history, families)
         off = self._off_by_family()
         return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
 
@@ -255,6 +258,7 @@ class Diagnostics:
             inside: The module whose call is what begins it.
         """
         with self.border, self._meter:
+            self._stepping.clear()  # a step that raised never came to its end
             self._begin_step()
             if self._sampling and not self._failed:
                 self._capture.open(inside)
@@ -463,6 +467,11 @@ class Diagnostics:
                 with lane.contained(monitor, "taps"):
                     taps += [self._contained_tap(lane, monitor, tap) for tap in monitor.taps()]
         self._capture.prepare(self.watched, taps)
+        if not self._samples:  # in the order of the model, for good: what is compared must keep its place
+            ranks = world_size()
+            self._samples = {
+                name: ParameterSample(name, owned, ranks=ranks) for name, owned in self.watched.parameters.items()
+            }
         for name, optimizer in self.watched.optimizers.items():
             self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_update, name)))
             self._handles.append(optimizer.register_step_post_hook(functools.partial(self._after_update, name)))
@@ -523,6 +532,9 @@ class Diagnostics:
         self._outlet.start(self.run, self.segment, self.step_count)
 
     def _before_update(self, name: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._stepping[name] = self._stepping.get(name, 0) + 1
+        if depth > 1:  # a subclass whose step calls the step of its base runs every hook twice
+            return
         if self._steps_end_with_updates:
             with self.border:
                 self._capture.close()
@@ -539,8 +551,16 @@ class Diagnostics:
             if not _has_closure(args, kwargs):  # a closure makes the gradients, when this hook is over
                 # a fused optimizer divides by the loss scale itself, inside of its step
                 self._measure_applied(name, getattr(optimizer, "grad_scale", None))
+            if self._sampling:
+                with self._meter:
+                    update = Update(self._samples[name], optimizer)
+                    for lane in self._measuring():
+                        lane.each("before_update", name, update)
 
     def _after_update(self, name: str, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._stepping[name] = self._stepping.get(name, 0) - 1
+        if depth > 0:
+            return
         with self.border, self._meter:
             if _has_closure(args, kwargs):
                 self._measure_applied(name)

@@ -13,9 +13,13 @@ from traindiag.engine.yaml_settings import read_settings
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
+from traindiag.monitors.gradient_detail import GradientDetailMonitor
 from traindiag.monitors.loss import LossMonitor
 from traindiag.monitors.monitor import Monitor
+from traindiag.monitors.optimizer import OptimizerMonitor
 from traindiag.monitors.output import OutputMonitor
+from traindiag.monitors.sentinel import SentinelMonitor
+from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import check_signal, near
 from traindiag.rules import default_pack
 from traindiag.rules.rule import Rule
@@ -32,7 +36,7 @@ class Settings:
         default_monitors: Whether the families that every model has are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
-        exclude: Families of default monitors, or names of default rules (globs), to leave out.
+        exclude: Families or names of default monitors, or names of default rules (globs), to leave out.
         every_n_steps: Cadence of the slow lane.
         max_overhead: Share of the step time above which the slow lane backs off; None: never.
         actions: Called with every alert, on the first rank, in order.
@@ -100,7 +104,7 @@ class Settings:
     def build_monitors(self) -> list[Monitor]:
         """Default monitors that are not excluded, then the user's."""
         defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
-        return [m for m in defaults if not self._excluded(m.family)] + list(self.monitors)
+        return [m for m in defaults if not (self._excluded(m.family) or self._excluded(m.name))] + list(self.monitors)
 
     def build_rules(self) -> list[Rule]:
         """Default rules that are not excluded, then the user's."""
@@ -113,7 +117,9 @@ class Settings:
     def _check_exclude(self) -> None:
         if isinstance(self.exclude, str):
             raise TypeError(f"exclude is a list of names, got the string {self.exclude!r}")
-        names = [m.family for m in _default_monitors(exact=False)] + [r.name for r in default_pack.default_rules()]
+        monitors = _default_monitors(exact=False)
+        names = [*dict.fromkeys([m.family for m in monitors] + [m.name for m in monitors])]
+        names += [r.name for r in default_pack.default_rules()]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
@@ -123,7 +129,17 @@ class Settings:
 
 
 def _default_monitors(*, exact: bool) -> list[Monitor]:
-    return [LossMonitor(), GradientMonitor(), AttentionMonitor(exact=exact), OutputMonitor(), ActivationMonitor()]
+    return [
+        LossMonitor(),
+        GradientMonitor(),
+        SentinelMonitor(),
+        AttentionMonitor(exact=exact),
+        OutputMonitor(),
+        ActivationMonitor(),
+        GradientDetailMonitor(),
+        OptimizerMonitor(),
+        WiringMonitor(),
+    ]
 
 
 def _unique(what: str, names: Sequence[str]) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from traindiag.capture.optimizer_state import unseen_second_moments
+from traindiag.capture.parameter_sample import ParameterSample
 from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage
 from traindiag.record.series import History
+from traindiag.transfer.ranks import world_size
 
 
 def coverage_of(
-    attention: Sequence[Coverage] | None, others: Sequence[Coverage], watched: Watched, history: History
+    attention: Sequence[Coverage] | None,
+    others: Sequence[Coverage],
+    watched: Watched,
+    history: History,
+    families: Collection[str],
 ) -> tuple[Coverage, ...]:
     """Rows for every family.
 
@@ -21,6 +28,7 @@ def coverage_of(
         others: What it saw of output logits and of the modules whose outputs some monitor looks at.
         watched: What is trained.
         history: What has been recorded so far.
+        families: Families that some monitor looks at.
     """
     rows: list[Coverage] = []
     if attention is not None:
@@ -33,6 +41,10 @@ def coverage_of(
         if "loss/value" in history
         else Coverage("loss", "unseen", (), "no loss was handed over")
     )
+    if "optimizer" in families:
+        rows += _optimizers(watched, history)
+    if "wiring" in families:
+        rows += _wiring(watched, history)
     return tuple(rows)
 
 
@@ -48,3 +60,37 @@ def _gradients(watched: Watched, history: History) -> list[Coverage]:
         reason = "seen when the optimizer is called, after any clipping"
         return [Coverage("gradient", "exact", tuple(watched.optimizers), reason)]
     return [Coverage("gradient", "unseen", tuple(watched.optimizers), "no optimizer has stepped with a gradient")]
+
+
+def _optimizers(watched: Watched, history: History) -> list[Coverage]:
+    """What is seen of updates; second moments, which not every optimizer has, are told apart."""
+    if "optimizer/update_rms" not in history:
+        return [Coverage("optimizer", "unseen", tuple(watched.optimizers), "no optimizer has stepped in a sample")]
+    names = history["optimizer/update_rms"].cells
+    rows = [Coverage("optimizer", "exact", tuple(dict.fromkeys(str(c.coordinates[0]) for c in names)))]
+    for name, parameters in watched.parameters.items():
+        sample = ParameterSample(name, parameters)
+        for reason, without in unseen_second_moments(watched.optimizers[name], sample).items():
+            places = [name] if len(without) == len(sample.parameters) else without
+            rows.append(Coverage("optimizer", "unseen", tuple(places), f"rms_t and grad_rms_over_eps: {reason}"))
+        known = {str(place) for _, place in sample.cells.coordinates}
+        if hidden := tuple(n for n, _ in parameters if n not in known):
+            rows.append(Coverage("optimizer", "unseen", hidden, "sparse, quantised or without values yet"))
+    return rows
+
+
+def _wiring(watched: Watched, history: History) -> list[Coverage]:
+    """The checks that have been made, and why others cannot be."""
+    made = tuple(name for name in history if name.startswith("wiring/"))
+    rows = [Coverage("wiring", "exact", made)] if made else []
+    if "wiring/ungraded" not in history:
+        reason = "no optimizer has stepped in a sample and shown its gradients"
+        rows.append(Coverage("wiring", "unseen", ("wiring/ungraded", "wiring/unchanged"), reason))
+    if "wiring/owners" not in history:
+        rows.append(
+            Coverage("wiring", "unseen", ("wiring/owners",), "no optimizer owns a tensor of the model itself")
+        )
+    if world_size() > 1 and "wiring/replicas_differ" not in history:
+        reason = "every tensor is sharded: ranks hold different parts"
+        rows.append(Coverage("wiring", "unseen", ("wiring/replicas_differ",), reason))
+    return rows

@@ -16,8 +16,12 @@ import yaml
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
+from traindiag.monitors.gradient_detail import GradientDetailMonitor
 from traindiag.monitors.loss import LossMonitor
+from traindiag.monitors.optimizer import OptimizerMonitor
 from traindiag.monitors.output import OutputMonitor
+from traindiag.monitors.sentinel import SentinelMonitor
+from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import near
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
@@ -30,7 +34,18 @@ PLUGINS = "traindiag.plugins"
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
     "monitors": {
-        c.__name__: c for c in (ActivationMonitor, AttentionMonitor, GradientMonitor, LossMonitor, OutputMonitor)
+        c.__name__: c
+        for c in (
+            ActivationMonitor,
+            AttentionMonitor,
+            GradientMonitor,
+            GradientDetailMonitor,
+            LossMonitor,
+            OptimizerMonitor,
+            OutputMonitor,
+            SentinelMonitor,
+            WiringMonitor,
+        )
     },
     "actions": {},  # code that an alert runs: a file may only name what an installed package offers
 }

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from traindiag.capture.parameter_sample import Update
 from traindiag.capture.taps import Tap
 from traindiag.capture.watched import Watched
 from traindiag.record.frame import Reading
@@ -45,6 +46,16 @@ class Monitor(ABC):
             optimizer: Its name in :class:`Watched`.
             applied: True where they are seen only as the optimizer uses them, after any clipping.
             scale: What they are still multiplied by (a loss scale that the optimizer removes itself).
+        """
+
+    def before_update(self, optimizer: str, update: Update) -> None:
+        """``optimizer`` is about to step, in a step that the monitor's lane measures.
+
+        Its gradients may not be complete yet: Lightning computes them inside the step.
+
+        Args:
+            optimizer: Its name in :class:`Watched`.
+            update: A sample of its parameters, shared by all monitors. Keep it until :meth:`updated`.
         """
 
     def updated(self, optimizer: str) -> None:

@@ -17,7 +17,7 @@ FAST_EVERY = 50
 
 _MEDIAN = ("attention/max_logit", "attention/entropy")  # the worst head alone tells no outlier from a common drift
 _FEW_CELLS = ((), ("optimizer",), ("site",))
-_LOG_ONLY = ("gradient/parameter_norm",)  # the largest of many norms is the norm of the largest tensor
+_LOG_ONLY = ("gradient/parameter_norm", "optimizer/parameter_norm")  # of many norms that of the largest tensor wins
 _THEIRS = "logged"  # numbers that the loop logs itself stand in its loggers already
 
 

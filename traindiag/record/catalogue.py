@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from traindiag.record.signal import Signal
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
+_TRAINCHECK = "an invariant of correct training, as in TrainCheck (Jiang et al., OSDI 2025)"
+_STABLE = "Wortsman et al. 2023, arXiv 2304.13013"
 
 SIGNALS: tuple[Signal, ...] = (
     Signal(
@@ -197,6 +199,129 @@ SIGNALS: tuple[Signal, ...] = (
         formula="mean_t (logit_t,target - mean_c logit_tc) / std_c logit_tc",
         worst="min",
         source="separates drift of the logits, which log Z shows, from what is learnt",
+    ),
+    # -- gradients, parameter by parameter, at samples
+    Signal(
+        "gradient/rms",
+        ("optimizer", "parameter"),
+        "root mean square of a parameter's gradient before clipping, over evenly spaced scalars",
+        formula="sqrt(mean g^2)",
+        positive=True,
+        worst="min",
+        source=f"{_PROXIES} section 3.4",
+    ),
+    Signal(
+        "gradient/zero_fraction",
+        ("optimizer", "parameter"),
+        "share of a parameter's gradient that is exactly zero, over evenly spaced scalars",
+        formula="mean [g == 0]",
+        source="zero gradients tell dead units: AutoTrainer (Zhang et al. 2021, ICSE)",
+    ),
+    Signal(
+        "gradient/clip_rate",
+        ("optimizer",),
+        "share of the last 30 sampled steps in which gradients were clipped",
+        formula="mean [some |g| after < |g| before (1 - 1e-4)]",
+        source="Deep Learning Tuning Playbook, on gradient clipping",
+    ),
+    # -- optimizers
+    Signal(
+        "optimizer/rms_t",
+        ("optimizer", "parameter"),
+        "gradient in units of the second moment: about 1 while that keeps up, at most 1 / sqrt(1 - beta2)",
+        formula="sqrt(mean g^2 / max(v, eps^2)), v after the update and as the optimizer uses it",
+        clock="fast",
+        positive=True,
+        source=_STABLE,
+    ),
+    Signal(
+        "optimizer/sentinel_rms_t",
+        ("optimizer", "parameter"),
+        "the same of embedding, first and last block, at every step",
+        formula="sqrt(mean g^2 / max(v, eps^2)), v after the update and as the optimizer uses it",
+        lane="fast",
+        clock="fast",
+        positive=True,
+        source=f"{_STABLE}: 1 to 8 steps before a loss spike",
+    ),
+    Signal(
+        "optimizer/update_rms",
+        ("optimizer", "parameter"),
+        "root mean square change of a scalar in one update, learning rate and weight decay included",
+        formula="sqrt(mean (p_after - p_before)^2)",
+        positive=True,
+        source=f"{_PROXIES} section 3.4",
+    ),
+    Signal(
+        "optimizer/update_ratio",
+        ("optimizer", "parameter"),
+        "size of one update against the size of the weights before it",
+        formula="sqrt(sum (p_after - p_before)^2 / sum p_before^2)",
+        positive=True,
+        source="limits in use: TheDeepChecker (log10 from -4 to -1), SageMaker Debugger",
+    ),
+    Signal(
+        "optimizer/grad_rms_over_eps",
+        ("optimizer", "parameter"),
+        "gradient root mean square against the optimizer's epsilon; below 1 epsilon sets the size of updates",
+        formula="sqrt(mean g^2) / eps",
+        worst="min",
+        positive=True,
+        source=f"{_PROXIES} section 3.4",
+    ),
+    Signal(
+        "optimizer/parameter_norm",
+        ("optimizer", "parameter"),
+        "norm of a parameter before the update, from evenly spaced scalars",
+        formula="sqrt(size * mean p^2)",
+        positive=True,
+        source="weights that grow without bound are behind growing logits",
+    ),
+    Signal(
+        "optimizer/skipped",
+        ("optimizer",),
+        "updates that gradients were ready for and that did not come",
+        formula="updates announced - updates made",
+        lane="fast",
+        clock="fast",
+        source="a loss scaler skips steps with overflowing gradients without a word",
+    ),
+    # -- wiring: flags, 1 where the name holds
+    Signal(
+        "wiring/ungraded",
+        ("optimizer", "parameter"),
+        "1 where a trainable tensor of an optimizer got no gradient in this step",
+        formula="[no gradient in any update]",
+        source=_TRAINCHECK,
+    ),
+    Signal(
+        "wiring/unchanged",
+        ("optimizer", "parameter"),
+        "1 where a tensor with a gradient and a learning rate above 0 did not change",
+        formula="[all p_after == p_before], where some g != 0 and lr > 0",
+        source=_TRAINCHECK,
+    ),
+    Signal(
+        "wiring/frozen_changed",
+        ("parameter",),
+        "1 where a frozen tensor is not what it was at the sample before",
+        formula="[bits differ]",
+        source=_TRAINCHECK,
+    ),
+    Signal(
+        "wiring/owners",
+        ("parameter",),
+        "number of optimizers that own a trainable tensor; 1 is right",
+        formula="sum over optimizers [tensor in its parameter groups]",
+        worst="min",
+        source=_TRAINCHECK,
+    ),
+    Signal(
+        "wiring/replicas_differ",
+        ("parameter",),
+        "1 where ranks hold different bits of a replicated tensor",
+        formula="[max over ranks of a checksum != its min]",
+        source=_TRAINCHECK,
     ),
 )
 
