@@ -195,18 +195,24 @@ class Capture:
 
     def pause(self) -> None:
         """Looks away, for a backward pass."""
+        if not self._open:
+            return
         self._paused = True
         self._losses.forget()
         self._set_mode()
 
     def resume(self) -> None:
         """Looks again; does nothing where the window is closed."""
+        if not self._open:
+            return
         self._paused = False
         self._set_mode()
 
     def close(self) -> None:
         """Removes everything that ``open`` installed."""
-        self._sampled = self._sampled or self._open
+        if not self._open:
+            return
+        self._sampled = True
         self._open = self._paused = False
         for handle in self._handles:
             handle.remove()

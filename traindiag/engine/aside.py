@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from queue import SimpleQueue
-from typing import Generic, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar, cast
 
 Result = TypeVar("Result")
 
@@ -26,28 +25,28 @@ class Aside(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Future[Result], Callable[[], Result]] | None] | None = None
-        self._work: Future[Result] | None = None
+        self._lines: tuple[_Work[Result], _Outcomes[Result]] | None = None
+        self._busy = False
 
     @property
     def busy(self) -> bool:
         """Whether there is a result that was not taken yet."""
-        return self._work is not None
+        return self._busy
 
     def start(self, work: Callable[[], Result]) -> None:
         """Begins ``work``; the result of the work before it must have been taken."""
-        if self._work is not None:
+        if self._busy:
             raise RuntimeError("the result of the work under way must be taken before other work starts")
-        if self._queue is None:
-            self._queue = SimpleQueue()
-            threading.Thread(target=_work_off, args=(self._queue,), name="traindiag", daemon=True).start()
-        self._work = Future()
-        self._queue.put((self._work, work))
+        if self._lines is None:
+            self._lines = SimpleQueue(), SimpleQueue()
+            threading.Thread(target=_work_off, args=self._lines, name="traindiag", daemon=True).start()
+        self._busy = True
+        self._lines[0].put(work)
 
     def wait(self) -> None:
         """Returns when nothing is going on; the result stays to be taken."""
-        if self._work is not None:
-            self._work.exception()
+        if self._lines is not None and self._busy:
+            self._lines[1].put(self._lines[1].get())
 
     def take(self, patience: float | None = None) -> Result:
         """The result, as soon as it is there.
@@ -58,23 +57,33 @@ class Aside(Generic[Result]):
         Raises:
             TimeoutError: If it took longer.
         """
-        if self._work is None:
+        if self._lines is None or not self._busy:
             raise RuntimeError("there is no work whose result could be taken")
-        work, self._work = self._work, None
-        return work.result(patience)
+        self._busy = False
+        try:
+            result, error = self._lines[1].get(timeout=patience)
+        except Empty:
+            self.close()  # what comes late must not be taken for the result of other work
+            raise TimeoutError(f"no result after {patience} s") from None
+        if error is not None:
+            raise error
+        return cast(Result, result)
 
     def close(self) -> None:
         """Ends the thread when its work is done; a result that nobody took is dropped."""
-        if self._queue is not None:
-            self._queue.put(None)
-        self._queue = self._work = None
+        if self._lines is not None:
+            self._lines[0].put(None)
+        self._lines, self._busy = None, False
 
 
-def _work_off(queue: SimpleQueue[tuple[Future[Result], Callable[[], Result]] | None]) -> None:
-    while (item := queue.get()) is not None:
-        future, work = item
+_Work = SimpleQueue[Callable[[], Result] | None]
+_Outcomes = SimpleQueue[tuple[Result | None, BaseException | None]]
+
+
+def _work_off(work: _Work[Result], outcomes: _Outcomes[Result]) -> None:
+    while (piece := work.get()) is not None:
         try:
-            future.set_result(work())
+            outcomes.put((piece(), None))
         except BaseException as error:  # it belongs to whoever takes the result
-            future.set_exception(error)
-        del item, future, work  # between steps nothing of a step is kept alive
+            outcomes.put((None, error))
+        del piece  # between steps nothing of a step is kept alive

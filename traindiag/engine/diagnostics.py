@@ -8,7 +8,6 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -604,7 +603,7 @@ class Diagnostics:
             try:
                 if self._aside.busy:
                     self._aside.take(patience)
-            except FutureTimeoutError:  # it waits for a rank that will not answer
+            except TimeoutError:  # it waits for a rank that will not answer
                 return
         for lane in self._lanes():
             with self.border:  # each by itself: what is not received keeps the next step from being sent

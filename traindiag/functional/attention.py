@@ -101,11 +101,8 @@ def attention_statistics(
         if mask is not None:
             mask = _mask_with_heads(mask, query)
         repeat = heads // max(key_heads, 1)
-        if logsumexp is None:
-            query_norm, key_norm = _norm(query), _norm(key)
-            norms = _norm_sums(query_norm.square().sum((0, 2)), key_norm.square().sum((0, 2)), query, key)
-        else:  # what the kernel kept ranks the rows: norms of whole heads are enough
-            norms = _norm_sums(_square_sum(query), _square_sum(key), query, key)
+        query_norm, key_norm = _norm(query), _norm(key)
+        norms = _norm_sums(query_norm, key_norm, repeat)
         if not (batch and length and columns):
             return _nothing(heads, query.device)._replace(**norms)
 
@@ -179,7 +176,7 @@ def score_statistics(
         norms: dict[str, Tensor] = {}
         if query is not None and key is not None:
             query, key = _with_heads(query), _with_heads(key)
-            norms = _norm_sums(_square_sum(query), _square_sum(key), query, key)
+            norms = _norm_sums(_norm(query), _norm(key), query.shape[1] // max(key.shape[1], 1))
         if not scores.numel():
             return _nothing(heads, scores.device)._replace(**norms)
         floor = _floor(scores.dtype)
@@ -223,21 +220,13 @@ def _norm(x: Tensor) -> Tensor:
     return norm
 
 
-def _square_sum(x: Tensor) -> Tensor:
-    """``[heads]``."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=torch.float32)
-    return norm.square()
-
-
-def _norm_sums(query_squares: Tensor, key_squares: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-    """Of sums of squares ``[heads]`` and ``[key heads]``."""
-    repeat = query.shape[1] // max(key.shape[1], 1)
-    key_squares = key_squares.repeat_interleave(repeat)
+def _norm_sums(query_norm: Tensor, key_norm: Tensor, repeat: int) -> dict[str, Tensor]:
+    query, key = query_norm.square().sum((0, 2)), key_norm.square().sum((0, 2)).repeat_interleave(repeat)
     return {
-        "query_square_sum": query_squares,
-        "query_rows": torch.full_like(query_squares, query.shape[0] * query.shape[2]),
-        "key_square_sum": key_squares,
-        "key_rows": torch.full_like(key_squares, key.shape[0] * key.shape[2]),
+        "query_square_sum": query,
+        "query_rows": torch.full_like(query, query_norm.shape[0] * query_norm.shape[2]),
+        "key_square_sum": key,
+        "key_rows": torch.full_like(key, key_norm.shape[0] * key_norm.shape[2]),
     }
 
 
