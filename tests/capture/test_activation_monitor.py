@@ -16,7 +16,6 @@ from traindiag.capture.taps import ModuleCall, ModuleTap
 from traindiag.capture.watched import Watched
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss
 from traindiag.engine.diagnostics import Diagnostics
-from traindiag.engine.lanes import MonitorFault
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.record.frame import Reading
 from traindiag.rules.threshold import Threshold
@@ -161,22 +160,16 @@ def test_a_broken_block_is_named() -> None:
     assert any(a.kind == "nonfinite" for a in diagnostics.alerts)
 
 
-def test_rules_judge_activations_and_a_faulty_pattern_stops_nothing() -> None:
+def test_rules_judge_activations_and_a_faulty_pattern_is_told_at_once() -> None:
     rule = Threshold("activation/rms", above=0.0, persistence=1, name="any size")
-    monitors = {"monitors": [ActivationMonitor(["*.mlp"])], "exclude": ["activation"]}
-    diagnostics = run(gpt(), rules=[rule], **monitors)
+    diagnostics = run(gpt(), rules=[rule], monitors=[ActivationMonitor(["*.mlp"])])
     assert "blocks.0.mlp" in diagnostics.history["activation/max"].cells.labels
     assert [a.rule for a in diagnostics.alerts if a.status == "opened"] == ["any size"]
     assert diagnostics.history["activation/growth_exponent"].cells.labels == ("blocks",)
 
-    wrong = {"monitors": [ActivationMonitor(["*.mpl"])], "exclude": ["activation"]}
-    with pytest.raises(MonitorFault, match="matches no module"):
-        run(gpt(), **wrong)
-    with pytest.warns(
-        RuntimeWarning, match=r"'activation' is switched off on all ranks: .*'\*.mpl' matches no module"
-    ):
-        told = run(gpt(), **wrong, strict=False)
-    assert "activation/rms" not in told.history and "attention/max_logit" in told.history
+    for strict in (True, False):  # a slip in a name is told before the first step
+        with pytest.raises(ValueError, match=r"'\*\.mpl' matches no module that is being trained"):
+            run(gpt(), monitors=[ActivationMonitor(["*.mpl"])], strict=strict)
 
 
 def test_a_model_without_blocks_shows_its_layers() -> None:

@@ -645,11 +645,9 @@ def test_a_head_that_is_not_there_lists_near_ones() -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(
-        Exception, match=r"head='lm_haed' is no module that is being trained\. Did you mean 'lm_head'"
+        ValueError, match=r"head='lm_haed' is no module that is being trained\. Did you mean 'lm_head'"
     ):
-        Diagnostics(
-            net, optimizer, terminal=False, strict=True, exclude=["output"], monitors=[OutputMonitor(head="lm_haed")]
-        )
+        Diagnostics(net, optimizer, terminal=False, monitors=[OutputMonitor(head="lm_haed")])
 
 
 def test_wrong_arguments_are_told() -> None:

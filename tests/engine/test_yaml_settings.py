@@ -140,7 +140,7 @@ def test_every_spelling_of_a_float_is_a_number(
         ("rules:\n- Threshold: {signal: a/b}", ":2: rules[0].Threshold: Threshold('a/b') needs a limit"),
         ("rules: [Threshold: {signal: attention/max_logits, above: 1}]", "Did you mean 'attention/max_logit' or"),
         ("monitors: [AttentionMonitor: {rows: 0}]", "monitors[0].AttentionMonitor: rows must be at least 1, got 0"),
-        ("monitors: [LossMonitor]", "two monitors are called 'loss'"),
+        ("monitors: [LossMonitor, LossMonitor]", "two monitors are called 'loss'"),
         ("actions: [os.system]", "expected what an installed package offers as entry point of traindiag.plugins"),
         ("strict: true\nstrict: false", "diagnostics.yaml:2: 'strict' is given twice"),
         ("- strict", ":1: expected keys with values, got ['strict']"),

@@ -45,7 +45,7 @@ class DiagnosticsCallback:
         """Checks everything that is asked for, now and not at step 10,000.
 
         Args:
-            monitors: Monitors beside the default ones.
+            monitors: Monitors beside the default ones, or in the place of the default one of the same name.
             rules: Rules beside the default pack, for example ``Threshold("attention/max_logit", above=500)``.
             every_n_steps: Cadence of everything that is not measured every step.
             max_overhead: Share of the step time above which sampling backs off, on all ranks alike; None: never.

@@ -195,22 +195,19 @@ class Capture:
 
     def pause(self) -> None:
         """Looks away, for a backward pass."""
-        if not self._open:
-            return
-        self._paused = True
+        self._paused = self._open
         self._losses.forget()
         self._set_mode()
 
     def resume(self) -> None:
         """Looks again; does nothing where the window is closed."""
-        if not self._open:
-            return
         self._paused = False
         self._set_mode()
 
     def close(self) -> None:
         """Removes everything that ``open`` installed."""
         if not self._open:
+            self._set_mode()  # where it could not be taken off, because its own call was under way
             return
         self._sampled = True
         self._open = self._paused = False

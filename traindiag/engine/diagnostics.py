@@ -65,7 +65,7 @@ class Diagnostics:
             as one of the engine's own does.
 
     Raises:
-        ValueError: For a wrong setting, with its value and what was expected.
+        ValueError: For a wrong setting, a module that is not there included, with its value and what was expected.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -139,6 +139,13 @@ class Diagnostics:
         self._handles: list[RemovableHandle] = []
         self._samples: dict[str, ParameterSample] = {}
         self._stepping: dict[str, int] = {}
+        for monitor in self.settings.monitors:
+            try:
+                monitor.prepare(self.watched)
+            except (ValueError, TypeError):  # a wrong argument, such as a module that is not there: told here and now
+                raise
+            except Exception:  # a fault of the monitor: contained when it is armed, like all others
+                continue
         self._arm()
 
     # -- what there is to see ------------------------------------------------------------------

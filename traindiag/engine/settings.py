@@ -32,7 +32,7 @@ class Settings:
     """Settings that every adapter shares.
 
     Args:
-        monitors: Monitors beside the default ones.
+        monitors: Monitors beside the default ones, or in the place of the default one of the same name.
         default_monitors: Whether the families that every model has are watched.
         rules: Rules beside the default pack.
         default_rules: Whether the default pack judges.
@@ -102,9 +102,11 @@ class Settings:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def build_monitors(self) -> list[Monitor]:
-        """Default monitors that are not excluded, then the user's."""
+        """Default monitors that are not excluded, then the user's, which take the place of defaults of their name."""
         defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
-        return [m for m in defaults if not (self._excluded(m.family) or self._excluded(m.name))] + list(self.monitors)
+        own = {m.name for m in self.monitors}
+        kept = [m for m in defaults if not (m.name in own or self._excluded(m.family) or self._excluded(m.name))]
+        return [*kept, *self.monitors]
 
     def build_rules(self) -> list[Rule]:
         """Default rules that are not excluded, then the user's."""

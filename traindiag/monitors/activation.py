@@ -37,8 +37,7 @@ class ActivationMonitor(Monitor):
     are of all values, the others of evenly spaced rows. The kurtosis of several calls or ranks is their mean weighted
     by their sums of squares, which is never below that of all together.
 
-    One with settings of its own takes the place of the default one: ``monitors=[ActivationMonitor(["*.mlp"])]`` with
-    ``exclude=["activation"]``.
+    One with settings of its own takes the place of the default one: ``monitors=[ActivationMonitor(["*.mlp"])]``.
 
     Args:
         modules: Globs over names of watched modules whose outputs are looked at too, such as ``"*.mlp"``.
