@@ -1,4 +1,4 @@
-"""Compiled parts are left as they are, and told as unseen."""
+"""Compiled parts are left as they are: not a graph more, and what is in them is seen in a second pass."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.capture.test_attention_styles import GPT, NAMES, Attention, tokens
 from tests.capture.test_window import capture, installed
+from traindiag.capture.coverage import SHADOW
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +60,10 @@ def test_no_graph_is_added(how: Any, first_sample: int) -> None:
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert installed() == (0, 0, 0)
-    told = {c.reason: c.places for c in window.coverage() if c.sight == "unseen"}
-    hidden = NAMES[1:] if how is compile_blocks else NAMES
-    assert told == {"compiled: attention not seen": tuple(hidden)}
-    assert seen == [n for n in NAMES if n not in hidden] * (4 - first_sample)
+    inside = NAMES[1:] if how is compile_blocks else NAMES
+    assert {c.reason: c.places for c in window.coverage()}[SHADOW] == tuple(inside)
+    assert not [c for c in window.coverage() if c.sight == "unseen"]
+    assert seen == NAMES * (4 - first_sample)
 
 
 @pytest.mark.parametrize("first_sample", [0, 2])
@@ -79,7 +80,8 @@ def test_a_wrapper_made_outside_is_found(first_sample: int) -> None:
         window.close()
         assert not [w for w in warned if "hooks" in str(w.message)]
     assert counters["stats"]["unique_graphs"] == 1
-    assert {c.reason: c.places for c in window.coverage()} == {"compiled: attention not seen": tuple(NAMES)}
+    assert seen == NAMES * (4 - first_sample)
+    assert {c.reason: c.places for c in window.coverage()} == {SHADOW: tuple(NAMES)}
 
 
 class Two(nn.Module):
@@ -98,10 +100,10 @@ def test_eager_parts_beside_compiled_ones_are_seen() -> None:
         window.open()
         model(tokens()).backward()
         window.close()
-    assert seen == [f"eager.{n}" for n in NAMES] * 2
+    assert seen == [f"{part}.{n}" for part in ("eager", "fast") for n in NAMES] * 2
     assert counters["stats"]["unique_graphs"] == 1
-    rows = {c.sight: c.places for c in window.coverage()}
-    assert rows == {"bound": tuple(f"eager.{n}" for n in NAMES), "unseen": tuple(f"fast.{n}" for n in NAMES)}
+    rows = {c.places: c.reason == SHADOW for c in window.coverage()}
+    assert rows == {tuple(f"{part}.{n}" for n in NAMES): part == "fast" for part in ("eager", "fast")}
 
 
 class ScriptedAttention(nn.Module):

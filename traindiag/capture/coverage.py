@@ -16,6 +16,7 @@ HEAD_COMPILED = "compiled: its output is not seen"
 NOT_SAMPLED = "not sampled yet"
 LOSS_BESIDE_COMPILED = "parts of the program are compiled: losses outside of eager modules are not looked at"
 COMPILED = "compiled: attention not seen"
+SHADOW = "compiled: seen in a second, eager pass over two items of each batch"
 COMPILED_MODULE = "compiled: outputs of modules not seen"
 NOT_RETURNED = "did not return in a training forward pass"
 
@@ -79,6 +80,7 @@ def module_coverage(
     family: str,
     modules: Sequence[str],
     seen: Collection[str],
+    shadowed: Collection[str],
     refused: Mapping[str, str],
     compiled: Collection[str],
     *,
@@ -90,6 +92,7 @@ def module_coverage(
         family: Family of the signals that are measured there.
         modules: Names of the modules to look at.
         seen: Those that returned something that could be looked at.
+        shadowed: Those that did so in a second pass over a part of the batch.
         refused: Reason by module where it could not.
         compiled: Those inside compiled parts.
         sampled: Whether a window has been open.
@@ -98,6 +101,8 @@ def module_coverage(
     for name in modules:
         if name in seen:
             sight: tuple[Sight, str] = ("exact", "")
+        elif name in shadowed:
+            sight = ("bound", SHADOW)
         elif name in compiled:
             sight = ("unseen", COMPILED_MODULE)
         else:

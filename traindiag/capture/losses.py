@@ -63,11 +63,25 @@ class Losses:
         self._log_softmaxes.clear()
 
     def run(
-        self, place: Place, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        place: Place,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        trains: bool = False,
     ) -> Any:
-        """Calls ``function``, one of :data:`LOSS_FUNCTIONS`, unchanged and looks at what went in."""
+        """Calls ``function``, one of :data:`LOSS_FUNCTIONS`, unchanged and looks at what went in.
+
+        Args:
+            place: Where it is called.
+            function: The function.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            trains: Whether the call is known to stand for one that trains, although gradients are off in it.
+        """
         output = function(*args, **kwargs)
-        if not isinstance(output, Tensor) or not _trains(output):
+        if not isinstance(output, Tensor) or not (trains or _trains(output)):
             return output
         if function in _LOG_SOFTMAX:
             self._remember(output, args[0] if args else kwargs.get("input", kwargs.get("self")))

@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def sandbox(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Runs its body without gradients; random states, buffers and training modes are put back afterwards.
+    """Runs its body without gradients, on copies of buffers; puts random states and training modes back afterwards.
 
     Python attributes that a forward pass changes are not put back.
 
@@ -28,19 +28,21 @@ def sandbox(modules: Sequence[nn.Module]) -> Iterator[None]:
         >>> net[0].num_batches_tracked.item(), torch.equal(before, torch.get_rng_state())
         (0, True)
     """
-    buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
-    copies = [(b, b._version, b.detach().clone()) for b in buffers]
+    places = [(m, name, b) for module in modules for m in module.modules() for name, b in m._buffers.items()]
+    copies = {id(b): b.clone() for _, _, b in places if b is not None}
     modes = [(m, m.training) for module in modules for m in module.modules()]
     devices = sorted({p.get_device() for module in modules for p in module.parameters() if p.is_cuda})
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
+            for module, name, buffer in places:
+                # stand-ins, because what autograd has saved of the originals must not be written to, not even back
+                module._buffers[name] = None if buffer is None else copies[id(buffer)]
             yield
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-            for buffer, version, copy in copies:
-                if buffer._version != version:  # writing to one that autograd has saved would break its backward pass
-                    buffer.copy_(copy)
+            for module, name, buffer in places:
+                module._buffers[name] = buffer
             for module, mode in modes:
                 module.training = mode

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ from traindiag.capture.attention import (
 )
 from traindiag.capture.coverage import (
     COMPILED,
+    SHADOW,
     attention_coverage,
     hidden_attention,
     module_coverage,
@@ -40,6 +42,7 @@ from traindiag.capture.coverage import (
 )
 from traindiag.capture.losses import BACKWARD, LOSS_FUNCTIONS, Losses, Place
 from traindiag.capture.outputs import activation_of, features_last
+from traindiag.capture.shadow import intercept, run_again
 from traindiag.capture.taps import AttentionCall, AttentionTap, LossCall, LossTap, ModuleCall, ModuleTap, Tap
 from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage, Sight
@@ -68,14 +71,20 @@ class Capture:
 
     ``prepare`` before the first call of the model; then per sampled step ``open``, ``pause`` and ``resume`` around
     every backward pass, ``close``. All of them may be called twice, and ``close`` cleans up after any exception.
-    A layer that is compiled is not looked into: a mode around compiled code recompiles it.
+    A layer that is compiled is looked at in a second, eager pass over a few rows (:mod:`traindiag.capture.shadow`): a
+    mode around compiled code recompiles it.
 
     Args:
         border: Entered by the hooks that run inside the model, to keep errors of ours out of it.
+        meter: Entered while a compiled part runs a second time.
     """
 
-    def __init__(self, border: AbstractContextManager[object] = nullcontext()) -> None:  # noqa: B008  # stateless
-        self._border = border
+    def __init__(
+        self,
+        border: AbstractContextManager[object] = nullcontext(),  # noqa: B008  # stateless
+        meter: AbstractContextManager[object] = nullcontext(),  # noqa: B008
+    ) -> None:
+        self._border, self._meter = border, meter
         self._attention_taps: tuple[AttentionTap, ...] = ()
         self._module_taps: dict[int, tuple[str, list[ModuleTap]]] = {}
         self._loss_taps: tuple[LossTap, ...] = ()
@@ -86,6 +95,9 @@ class Capture:
         self._compiled_modules: frozenset[int] = frozenset()
         self._eager_modules: list[nn.Module] | None = None
         self._compiled_function = False
+        self._shadowed: list[nn.Module] = []
+        self._in_shadow = False
+        self._restore: list[Callable[[], None]] = []
         self._losses = Losses(self._tell_loss, self._refuse_loss)
         self._seen_losses: dict[str, str] = {}
         self._refused_losses: dict[str, str] = {}
@@ -93,6 +105,7 @@ class Capture:
         self._seen: dict[str, tuple[Sight, str]] = {}
         self._refused: dict[str, str] = {}
         self._seen_modules: set[str] = set()
+        self._seen_in_shadow: set[str] = set()
         self._refused_modules: dict[str, str] = {}
         self._order: dict[str, None] = {}
         self._transparent: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -126,6 +139,7 @@ class Capture:
         self._seen.clear()
         self._refused.clear()
         self._seen_modules.clear()
+        self._seen_in_shadow.clear()
         self._refused_modules.clear()
         self._order.clear()
         self._sampled = False
@@ -151,7 +165,13 @@ class Capture:
         self._find_hidden()
         compiled = {name for name in modules if id(self._watched.modules[name]) in self._compiled_modules}
         return module_coverage(
-            family, modules, self._seen_modules, self._refused_modules, compiled, sampled=self._sampled
+            family,
+            modules,
+            self._seen_modules,
+            self._seen_in_shadow,
+            self._refused_modules,
+            compiled,
+            sampled=self._sampled,
         )
 
     def output_coverage(self) -> tuple[Coverage, ...]:
@@ -189,6 +209,7 @@ class Capture:
                     module.register_forward_pre_hook(self._before_call),
                     module.register_forward_hook(self._after_call, always_call=True),
                 ]
+            self._restore = [intercept(m, partial(self._before_compiled, m)) for m in self._shadowed]
         if inside is not None and self._in_eager_code(inside):
             self._enter(inside)
         self._set_mode()
@@ -213,7 +234,9 @@ class Capture:
         self._open = self._paused = False
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for restore in self._restore:
+            restore()
+        self._handles, self._restore = [], []
         self._stack.clear()
         self._losses.forget()
         self._set_mode()
@@ -237,7 +260,7 @@ class Capture:
         name = self._names.get(id(module))
         transparent = self._is_transparent(module)
         checkpointed = False
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._in_shadow:
             trains = True
         else:
             checkpointed = (outer is not None and outer.checkpointed) or torch_private.in_reentrant_checkpoint()
@@ -293,7 +316,8 @@ class Capture:
         if top is None:
             looks = self._looks_between
         else:
-            looks = top.name is not None and top.trains and id(top.module) not in (self._closed_modules or ())
+            closed = () if self._in_shadow else self._closed_modules or ()
+            looks = top.name is not None and top.trains and id(top.module) not in closed
             looks = looks and (top.name != "" or self._looks_between)
         torch_private.set_mode(self._mode, self._open and not self._paused and looks)
 
@@ -306,11 +330,12 @@ class Capture:
         if function in BACKWARD:
             self._losses.forget()
         if self._loss_taps and function in LOSS_FUNCTIONS and not self._looks_away():
-            return self._losses.run(self._place(), function, args, kwargs)
+            return self._losses.run(self._place(), function, args, kwargs, trains=self._in_shadow)
         if not (multi_head or function in WATCHED_FUNCTIONS):
             return function(*args, **kwargs)
         top = self._stack[-1] if self._stack and not self._looks_away() else None
-        if top is None or not top.name or not (torch.is_grad_enabled() or torch_private.in_reentrant_checkpoint()):
+        trains = self._in_shadow or torch.is_grad_enabled() or torch_private.in_reentrant_checkpoint()
+        if top is None or not top.name or not trains:
             return function(*args, **kwargs)
         if not multi_head:
             return run(top.site, top.name, function, args, kwargs, self._tell, self._refuse)
@@ -345,8 +370,10 @@ class Capture:
 
     def _tell(self, call: AttentionCall) -> None:
         exact = call.scores is not None
-        if exact:
-            sight: tuple[Sight, str] = ("exact", "")
+        if self._in_shadow:
+            sight: tuple[Sight, str] = ("bound", SHADOW)
+        elif exact:
+            sight = ("exact", "")
         elif call.logsumexp is not None:
             sight = ("bound", "fused kernel: some rows are computed, the others are bounded by their log-sum-exp")
         else:
@@ -365,7 +392,7 @@ class Capture:
             elif not torch_private.is_plain(activation):
                 self._refused_modules.setdefault(name, f"returns a {type(activation).__name__}, which is not read")
             else:
-                self._seen_modules.add(name)
+                (self._seen_in_shadow if self._in_shadow else self._seen_modules).add(name)
                 call = ModuleCall(name, features_last(module, activation.detach()))
                 for tap in taps:
                     tap.observe(call)
@@ -401,6 +428,37 @@ class Capture:
     def _refuse_loss(self, site: str, reason: str) -> None:
         self._refused_losses.setdefault(site, reason)
 
+    # -- compiled parts ------------------------------------------------------------------------
+
+    def _before_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Shows a compiled part by a second pass, just before its own."""
+        idle = self._in_shadow or self._looks_away() or torch.compiler.is_compiling()
+        if idle or not (module.training and torch.is_grad_enabled()):
+            return
+        depth, handles = len(self._stack), []
+        with self._border, self._meter:
+            try:
+                self._in_shadow = True
+                handles = [
+                    register_module_forward_pre_hook(self._before_call),
+                    register_module_forward_hook(self._after_call, always_call=True),
+                ]
+                run_again(module, args, kwargs)
+            except Exception as error:
+                self._shadowed.remove(module)
+                name = self._name_within(module)
+                self._hidden[name] = f"compiled, and a second, eager pass failed: {type(error).__name__}: {error}"
+            finally:
+                self._in_shadow = False
+                for handle in handles:
+                    handle.remove()
+                del self._stack[depth:]
+                self._set_mode()
+
+    def _name_within(self, module: nn.Module) -> str:
+        """Name of the outermost watched module in ``module``, which may be a wrapper without a name."""
+        return next((self._names[id(m)] for m in module.modules() if id(m) in self._names), "")
+
     # -- where it must not look ----------------------------------------------------------------
 
     def _find_hidden(self) -> None:
@@ -409,6 +467,7 @@ class Capture:
             return
         self._closed_modules, self._hidden = set(), {}
         compiled: set[int] = set()
+        compiled_parts: list[nn.Module] = []
         wrappers, self._compiled_function = torch_private.compiled_objects()
         roots = self._watched.roots or tuple(self._watched.modules.values())
         for module in (*(m for root in roots for m in root.modules()), *wrappers):
@@ -417,18 +476,23 @@ class Capture:
             if reason is None:
                 continue
             inside = {id(m) for m in module.modules()}
-            outermost = next((m for m in module.modules() if id(m) in self._names), None)
-            if outermost is not None:
-                self._hidden.setdefault(self._names[id(outermost)], reason)
+            if name := self._name_within(module):
+                self._hidden.setdefault(name, reason)
             self._closed_modules |= inside
             if is_compiled:
                 compiled |= inside
+                if name:
+                    compiled_parts.append(module)
         # A mode that is on around a closed module would be on in it too.
         closed = frozenset(self._closed_modules)
         for root in roots:
             self._closed_modules |= {id(m) for m in root.modules() if not closed.isdisjoint(map(id, m.modules()))}
         self._eager_modules = None
         self._compiled_modules = frozenset(compiled)
+        parts = {id(m): m for m in compiled_parts}.values()
+        self._shadowed = [
+            m for m in parts if not any(m is not other and any(m is x for x in other.modules()) for other in parts)
+        ]
         if compiled or wrappers:
             every = {id(m): m for root in roots for m in root.modules()}
             self._eager_modules = [m for i, m in every.items() if i not in compiled]

@@ -118,7 +118,7 @@ class Diagnostics:
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
         self.border = Border(self._fail, strict=strict)
-        self._capture = Capture(self.border)
+        self._capture = Capture(self.border, self._meter)
         self._failed: str | None = None
         self._off = False
         self._aside = Aside[None]()

@@ -60,7 +60,7 @@ class TerminalPanel:
         for row in coverage:
             if row.sight != "exact":
                 names = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
-                label = "not seen" if row.sight == "unseen" else "bound only"
+                label = "not seen" if row.sight == "unseen" else "in part"
                 where = f"{row.family} of {', '.join(names)}" if names else row.family
                 rows.add_row(Text(label, "yellow"), f"{where}: {row.reason}")
         if links:
