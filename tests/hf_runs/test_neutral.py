@@ -44,7 +44,7 @@ def test_neutral(variant: str, tmp_path: Path) -> None:
     assert {0, 2, 4} <= set(diagnostics.history["attention/max_logit"].steps.tolist())  # it did look
 
 
-def test_compiled_is_neutral_and_told(tmp_path: Path) -> None:
+def test_compiled_is_neutral_and_seen(tmp_path: Path) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
     torch._dynamo.reset()
     without = train(llama(), [], tmp_path, steps=3, **options)
@@ -55,7 +55,8 @@ def test_compiled_is_neutral_and_told(tmp_path: Path) -> None:
     assert without.equals(with_it)
     assert len(diagnostics.history["gradient/norm"]) == 3
     (attention,) = (row for row in diagnostics.coverage if row.family == "attention")
-    assert attention.sight == "unseen" and "compiled" in attention.reason
+    assert attention.sight == "bound" and "compiled" in attention.reason
+    assert len(diagnostics.history["attention/max_logit"]) == 3
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
