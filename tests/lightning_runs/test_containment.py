@@ -30,7 +30,7 @@ STEPS = 8
         (Lane, "send"),
         (Judge, "hear"),
         (Judge, "state_dict"),
-        (adapter, "_batch_size"),
+        (adapter, "batch_size"),
         (adapter, "_loss_scale"),
         (TrainingDiagnostics, "_hand_over_losses"),
     ],
