@@ -1,11 +1,11 @@
 """What the callback costs: the step time with it against without it, inside one and the same run.
 
-The run alternates between windows with the callback and windows without it, each as long as the sampling cadence, so
-that every window with it holds exactly one sample. A ratio compares a window with the mean of its two neighbours; the
-median over windows is reported with its quartiles, and next to it the same measurement with nothing to measure
-(``control``), which shows how much of the result is noise.
+The run alternates between windows with the callback and without it, each several sampling cadences long. A ratio
+compares a window with the mean of its two neighbours. Their mean is what a run pays; median and quartiles show how
+even it is, and the same measurement with nothing to measure (``control``) how much of it is noise. Everything
+is on as it comes: all families, default rules, a TensorBoard log.
 
-    python -m benchmarks.overhead            # writes benchmarks/results/overhead.json
+    python -m benchmarks.overhead            # writes benchmarks/results/overhead.json, about 20 minutes
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import argparse
 import json
 import logging
 import statistics
+import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,22 +31,48 @@ from benchmarks.machine import machine
 from traindiag import TrainingDiagnostics
 from traindiag.demo.data import Windows, standard_library
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss
+from traindiag.engine.settings import Settings
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
-CADENCE = 10
-SKIPPED = 4  # windows of warm-up: allocator, caches, the first sample with its layout
-MODELS = {
-    "demo: 3 layers, width 64, context 128, batch 16": (GPTConfig(layers=3, width=64, heads=4, context=128), 16),
-    "6 layers, width 256, context 256, batch 8": (GPTConfig(layers=6, width=256, heads=8, context=256), 8),
+SKIPPED = 4  # windows of warm-up: allocator, caches, the first sample with its layout, back-off
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to train, and how.
+
+    Args:
+        config: Its shape.
+        batch: Sequences a step.
+        window: Steps of a window.
+        windows: Windows of a variant.
+    """
+
+    config: GPTConfig
+    batch: int
+    window: int
+    windows: int
+
+
+SUBJECTS = {
+    "demo: 3 layers, width 64, context 128, batch 16": Subject(
+        GPTConfig(layers=3, width=64, heads=4, context=128), batch=16, window=40, windows=36
+    ),
+    "6 layers, width 256, context 256, batch 8": Subject(
+        GPTConfig(layers=6, width=256, heads=8, context=256), batch=8, window=20, windows=20
+    ),
 }
+FAMILIES = sorted({m.family for m in Settings().build_monitors()})
+FIXED = {"max_overhead": None}  # every tenth step, whatever it costs
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "control": None,
-    "default": {},
-    "without activations": {"exclude": ["activation"]},
-    "fast lane only": {"exclude": ["attention", "activation"]},
-    "every step": {"every_n_steps": 1},
-    "exact attention": {"exact": True},
+    "as it comes": {},
+    "every 10th step": FIXED,
+    "every step": {**FIXED, "every_n_steps": 1},
+    "exact attention": {**FIXED, "exact": True},
 }
+ALONE = {f"{f} alone": {**FIXED, "exclude": [o for o in FAMILIES if o != f]} for f in FAMILIES}
+LARGE = ("control", "as it comes", "every 10th step")  # of the slower model
 
 
 class Model(LightningModule):
@@ -62,8 +91,9 @@ class Model(LightningModule):
 class Alternate(Callback):
     """Passes the hooks on to the diagnostics in every other window, and times all windows."""
 
-    def __init__(self, diagnostics: TrainingDiagnostics | None) -> None:
+    def __init__(self, diagnostics: TrainingDiagnostics | None, window: int) -> None:
         self.diagnostics = diagnostics
+        self.window = window
         self.seconds: list[float] = []
         self._on = False
         self._start = 0.0
@@ -72,11 +102,11 @@ class Alternate(Callback):
         self._pass("on_train_start", trainer, pl_module, always=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % CADENCE == 0:
+        if batch_idx % self.window == 0:
             now = time.perf_counter()
             if batch_idx:
                 self.seconds.append(now - self._start)
-            self._on = (batch_idx // CADENCE) % 2 == 1
+            self._on = (batch_idx // self.window) % 2 == 1
             self._start = time.perf_counter()
         self._pass("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
@@ -105,38 +135,42 @@ class Alternate(Callback):
         return [2 * s[i] / (s[i - 1] + s[i + 1]) for i in range(1 + SKIPPED, len(s) - 1) if i % 2 == 1]
 
 
-def measure(
-    config: GPTConfig, batch: int, settings: dict[str, Any] | None, windows: int, text: Tensor
-) -> list[float]:
+def measure(subject: Subject, settings: dict[str, Any] | None, text: Tensor, folder: str) -> list[float]:
+    """Ratios of one run."""
     seed_everything(0, verbose=False)
-    diagnostics = None
-    if settings is not None:
-        diagnostics = TrainingDiagnostics(**{"terminal": False, "max_overhead": None, **settings})
-    alternate = Alternate(diagnostics)
-    steps = windows * CADENCE
+    diagnostics = None if settings is None else TrainingDiagnostics(**{"terminal": False, **settings})
+    alternate = Alternate(diagnostics, subject.window)
+    steps = subject.windows * subject.window
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=steps + 1,
         callbacks=[alternate],
-        logger=False,
+        logger=TensorBoardLogger(folder),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Windows(text, (steps + 1) * batch, config.context, seed=0)
-    trainer.fit(Model(config), DataLoader(data, batch_size=batch))
+    data = Windows(text, (steps + 1) * subject.batch, subject.config.context, seed=0)
+    trainer.fit(Model(subject.config), DataLoader(data, batch_size=subject.batch))
     return alternate.ratios()
 
 
 def summary(ratios: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(middle, 4), "low": round(low, 4), "high": round(high, 4), "windows": len(ratios)}
+    return {
+        "mean": round(statistics.mean(ratios), 4),
+        "error": round(statistics.stdev(ratios) / len(ratios) ** 0.5, 4),
+        "median": round(middle, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "windows": len(ratios),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--windows", type=int, default=200, help="windows of 10 steps for each model and variant")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds over all variants")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -144,19 +178,20 @@ def main() -> None:
     torch.set_num_threads(1)
     text, _ = standard_library()
     results: dict[str, Any] = {}
-    for model, (config, batch) in MODELS.items():
+    for name, subject in SUBJECTS.items():
+        variants = VARIANTS | ALONE if not results else {v: VARIANTS[v] for v in LARGE}
         # rounds take turns, so that a slow minute of the machine falls on all variants alike
-        ratios: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        rounds = max(1, arguments.windows // 40)
-        for done in range(rounds):
-            for variant, settings in VARIANTS.items():
-                ratios[variant] += measure(config, batch, settings, arguments.windows // rounds, text)
-            print(f"{model}: round {done + 1} of {rounds}", flush=True)
-        results[model] = {variant: summary(values) for variant, values in ratios.items()}
-        for variant, values in results[model].items():
-            print(f"  {variant:16} {values['ratio']:.3f}  ({values['low']:.3f} to {values['high']:.3f})")
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        ratios: dict[str, list[float]] = {variant: [] for variant in variants}
+        for done in range(arguments.rounds):
+            for variant, settings in variants.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    ratios[variant] += measure(subject, settings, text, folder)
+            print(f"{name}: round {done + 1} of {arguments.rounds}", flush=True)
+        results[name] = {variant: summary(values) for variant, values in ratios.items()}
+        for variant, found in results[name].items():
+            print(f"  {variant:18} {found['mean']:.3f} +- {found['error']:.3f}  (median {found['median']:.3f})")
+        arguments.output.parent.mkdir(exist_ok=True)
+        arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
 

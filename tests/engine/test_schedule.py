@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+from traindiag import Diagnostics
 from traindiag.engine.schedule import BURST_LENGTH, BURST_SPACING, Schedule
 
 
@@ -56,3 +58,34 @@ def test_refuses_a_cadence_that_is_none(every: object) -> None:
 def test_refuses_a_budget_that_is_no_share(share: float) -> None:
     with pytest.raises(ValueError, match=f"got {share}"):
         Schedule(10, share)
+
+
+def test_costly_monitors_of_the_fast_lane_rest_where_every_step_costs_too_much() -> None:
+    schedule = Schedule(10, 0.02)
+    schedule.account(0.012, 0.001)
+    assert schedule.lean
+    schedule.account(0.006, 0.001)  # what the others cost: no reason to think that all would fit
+    assert schedule.lean
+    resumed = Schedule(10, 0.02)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.lean
+    resumed.account(0.002, 0.001)
+    assert not resumed.lean
+    resumed.load_state_dict({"stretch": 1, "burst_from": -500})  # of a checkpoint that is older
+    assert not resumed.lean
+
+
+def test_a_lean_step_leaves_the_sentinels_out() -> None:
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    diagnostics = Diagnostics(model, optimizer, terminal=False, every_n_steps=5, strict=True)
+    diagnostics._schedule.lean = True
+    for _ in range(7):
+        with diagnostics.step() as step:
+            step.loss(model(torch.ones(3, 4)).square().mean()).backward()
+            step.gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+    diagnostics.finish()
+    assert diagnostics.history["gradient/norm"].steps.tolist() == [*range(7)]
+    assert diagnostics.history["optimizer/sentinel_rms_t"].steps.tolist() == [0, 5]

@@ -529,6 +529,7 @@ class Diagnostics:
             return
         self._in_step = True  # this and the next line first: whatever fails, ranks must send the same messages
         self._sampling = self._schedule.due(self.step_count)
+        self._fast.lean = self._schedule.lean and not self._sampling
         self._seen_gradients.clear()
         self._updated.clear()
         if self._failed:

@@ -70,6 +70,8 @@ class MonitorLane:
         self.monitors = {m.name: m for m in monitors}
         self._all = list(monitors)
         self.off: dict[str, str] = {}
+        self.lean = False
+        """Whether costly monitors have a rest."""
         self._strict, self._report = strict, report
         self._interested: dict[str, list[Monitor]] = {}
         self._faults: dict[str, str] = {}
@@ -98,11 +100,13 @@ class MonitorLane:
                     self._contain(monitor, event, error)
 
     def working(self) -> list[Monitor]:
-        if not (self.off or self._faults):
+        if not (self.off or self._faults or self.lean):
             return self._all
         return [m for m in self._all if self.works(m)]
 
     def works(self, monitor: Monitor) -> bool:
+        if self.lean and monitor.costly:
+            return False
         return monitor.name not in self.off and monitor.name not in self._faults
 
     @contextmanager

@@ -34,6 +34,8 @@ class Schedule:
             raise ValueError(f"max_overhead must be a share between 0 and 1, or None; got {max_overhead!r}")
         self.every = every
         self.max_overhead = max_overhead
+        self.lean = False
+        """Whether costly monitors of the fast lane are left to the samples, because every step costs too much."""
         self._stretch = 1
         self._burst_from = -BURST_SPACING
 
@@ -56,6 +58,7 @@ class Schedule:
     def account(self, fast: float, slow: float) -> bool:
         """Doubles the cadence when diagnostics cost more than the budget, and relaxes later.
 
+        Where every step alone takes more than half of it, costly monitors of the fast lane are left to the samples.
         Sampling less often saves only what samples cost: where the fast lane alone takes up the budget, samples may
         still have a quarter of it.
 
@@ -68,6 +71,10 @@ class Schedule:
         """
         if self.max_overhead is None or math.isnan(fast + slow):
             return False
+        if fast > self.max_overhead / 2:
+            self.lean = True
+        elif fast < self.max_overhead / 8:
+            self.lean = False
         allowed = max(self.max_overhead - fast, self.max_overhead / 4)
         before = self._stretch
         if slow > allowed and self._stretch < _MAX_STRETCH:
@@ -77,7 +84,8 @@ class Schedule:
         return self._stretch != before
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stretch": self._stretch, "burst_from": self._burst_from}
+        return {"stretch": self._stretch, "burst_from": self._burst_from, "lean": self.lean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._stretch, self._burst_from = int(state["stretch"]), int(state["burst_from"])
+        self.lean = bool(state.get("lean", False))

@@ -28,6 +28,8 @@ class Monitor(ABC):
     family: ClassVar[str]
     lane: ClassVar[Lane]
     signals: tuple[Signal, ...]
+    costly: ClassVar[bool] = False
+    """On the fast lane: left to the samples where measuring every step takes more than half of the budget."""
 
     def taps(self) -> Sequence[Tap]:
         """Where in the forward pass it wants to look."""

@@ -41,6 +41,7 @@ class SentinelMonitor(Monitor):
     name = "sentinel"
     family = "optimizer"
     lane = "fast"
+    costly = True
     signals = (_RMS_T, _SKIPPED)
 
     def __init__(self) -> None:
