@@ -46,7 +46,7 @@ def trained(
     agent = build()
     model, optimizers = attach(agent)
     diagnostics = Diagnostics.attach(
-        model, optimizers, every_n_steps=cadence, max_overhead=None, strict=True, terminal=False
+        model, optimizers, every_n_steps=every, max_overhead=None, strict=True, terminal=False
     )
     agent.learn(steps)
     diagnostics.detach()
@@ -66,7 +66,7 @@ def rows(diagnostics: Diagnostics, family: str) -> list[tuple[str, set[str]]]:
 def test_q_network_of_dqn(whole_policy: bool) -> None:
     """Its loop calls the network and never the policy that holds network and target."""
     diagnostics = trained(
-        dqn, lambda a: (a.policy if whole_policy else a.q_net, a.policy.optimizer), steps=200, cadence=2
+        dqn, lambda a: (a.policy if whole_policy else a.q_net, a.policy.optimizer), steps=200, every=2
     )
     prefix = "q_net." if whole_policy else ""
     layers = [f"{prefix}q_net.{i}" for i in (0, 2, 4)]
@@ -105,7 +105,7 @@ ACTOR = {f"actor.mu.{j}" for j in (0, 2, 4)}
 @pytest.mark.parametrize("attach", [parts, policy])
 def test_critic_and_delayed_actor_of_td3(attach: Callable[..., tuple[Any, Any]]) -> None:
     """The actor steps at every second update of the critic, which a cadence of 3 meets."""
-    diagnostics = trained(td3, attach, steps=250, cadence=3)
+    diagnostics = trained(td3, attach, steps=250, every=3)
     history = diagnostics.history
     assert diagnostics.updates["critic"] == 2 * diagnostics.updates["actor"] == len(history["gradient/norm_applied"])
     assert history["gradient/norm_applied"].seen.sum(0).tolist() == [210 - 105 * i for i in range(2)]
@@ -120,7 +120,7 @@ def test_critic_and_delayed_actor_of_td3(attach: Callable[..., tuple[Any, Any]])
 
 def test_an_optimizer_that_no_sample_has_met_is_told() -> None:
     """A cadence of 2 meets only updates of the critic alone."""
-    diagnostics = trained(td3, parts, steps=100, cadence=2)
+    diagnostics = trained(td3, parts, steps=100, every=2)
     assert rows(diagnostics, "optimizer") == [("exact", {"critic"}), ("unseen", {"actor"})]
     assert rows(diagnostics, "activation") == [("exact", CRITIC), ("unseen", ACTOR)]
     assert rows(diagnostics, "gradient") == [("exact", {"critic", "actor"})]  # of every step
