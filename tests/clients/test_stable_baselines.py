@@ -36,9 +36,7 @@ def left_behind(agent: Any) -> list[torch.Tensor]:
     return [*agent.policy.state_dict().values(), *experience, numpy_state, torch.get_rng_state()]
 
 
-def trained(
-    build: Callable[[], Any], attach: Callable[..., tuple[Any, Any]], steps: int, cadence: int
-) -> Diagnostics:
+def trained(build: Callable[[], Any], attach: Callable[..., tuple[Any, Any]], steps: int, every: int) -> Diagnostics:
     """Trains alone and watched, compares the two bit for bit, and gives back what was seen."""
     alone = build()
     alone.learn(steps)
