@@ -146,3 +146,51 @@ def test_each_call_of_a_layer_is_counted_once() -> None:
         own = rows(attach=False)[name]
         assert attached.cells.coordinates == own.cells.coordinates
         np.testing.assert_array_equal(attached.values, own.values)
+
+
+class Policy(nn.Module):
+    """A container: the loop calls its parts, one of which is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic, self.target = OnlyAttention(), OnlyAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.critic(self.target(x).detach())
+
+
+def attached(call: Any) -> tuple[nn.Module, Diagnostics]:
+    torch.manual_seed(0)
+    model = Policy()
+    optimizer = torch.optim.SGD(model.critic.parameters(), lr=0.1)
+    diagnostics = Diagnostics.attach(
+        model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True
+    )
+    for _ in range(3):
+        call(model, torch.randn(2, 2, 6, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    diagnostics.detach()
+    assert leftovers(model, optimizer) == NOTHING
+    return model, diagnostics
+
+
+def test_a_loop_that_calls_the_parts_of_a_model_one_by_one() -> None:
+    def call(model: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = model.target.eval()(x)
+        return model.critic(x)
+
+    _, diagnostics = attached(call)
+    series = diagnostics.history["attention/max_logit"]
+    assert series.steps.tolist() == [0, 1, 2]
+    assert {c.coordinates[0] for c in series.cells} == {"critic"}
+
+
+def test_a_trained_part_in_evaluation_mode_does_not_end_the_window_of_the_whole() -> None:
+    def call(model: Any, x: Tensor) -> Tensor:
+        model.critic.eval()
+        return model(x)
+
+    _, diagnostics = attached(call)
+    assert diagnostics.history["attention/max_logit"].steps.tolist() == [0, 1, 2]

@@ -226,6 +226,9 @@ class Diagnostics:
         the optimizer, so the gradient norm is ``gradient/norm_applied``; with a closure it is that of the gradients
         which its last call left. A loss is not seen.
 
+        Where optimizers take turns (an actor every second update), a cadence that shares a factor with theirs may
+        never meet one of them: 7 is safer than 10. ``coverage`` tells of an optimizer that no sample has met.
+
         Example:
             >>> model = nn.Linear(4, 1)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -496,24 +499,37 @@ class Diagnostics:
             lane.each("prepare", self.watched)
 
     def _live_on_hooks(self) -> None:
+        """A step begins with a training call of a model or, where the loop never calls the model itself, of one of
+        its trained parts: policies are often containers whose networks are called one by one.
+        """
         self._steps_end_with_updates = True
+        trained = {id(p) for ps in self.watched.parameters.values() for _, p in ps}
 
-        def before_forward(module: nn.Module, _: object) -> None:
-            if module.training and torch.is_grad_enabled():
-                self.begin(inside=module)
-            else:
+        def listen(entrance: nn.Module, parts: Sequence[RemovableHandle] = ()) -> list[RemovableHandle]:
+            def before_forward(module: nn.Module, _: object) -> None:
+                if module.training and torch.is_grad_enabled():
+                    for handle in parts:  # not needed any more, and a part in evaluation mode would end its window
+                        handle.remove()
+                    self.begin(inside=module)
+                else:
+                    with self.border:
+                        self._capture.close()
+
+            def after_forward(module: nn.Module, _: object, output: object) -> None:
+                if output is not None:  # None: it raised; otherwise the loss is still to come
+                    return
                 with self.border:
                     self._capture.close()
 
-        def after_forward(module: nn.Module, _: object, output: object) -> None:
-            if output is not None:  # None: it raised; otherwise the loss is still to come
-                return
-            with self.border:
-                self._capture.close()
+            return [
+                entrance.register_forward_pre_hook(before_forward),
+                entrance.register_forward_hook(after_forward, always_call=True),
+            ]
 
         for model in self.models:
-            self._handles.append(model.register_forward_pre_hook(before_forward))
-            self._handles.append(model.register_forward_hook(after_forward, always_call=True))
+            parts = [c for c in model.children() if any(id(p) in trained for p in c.parameters())]
+            handles = [handle for part in parts for handle in listen(part)]
+            self._handles += handles + listen(model, handles)
 
     def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: Tap) -> Tap:
         def observe(call: Any) -> None:

@@ -57,8 +57,11 @@ def _gradients(watched: Watched, history: History) -> list[Coverage]:
         rows = [Coverage("gradient", "exact", seen)]
         return [*rows, Coverage("gradient", "unseen", missing, "no gradient so far")] if missing else rows
     if "gradient/norm_applied" in history:
-        reason = "seen when the optimizer is called, after any clipping"
-        return [Coverage("gradient", "exact", tuple(watched.optimizers), reason)]
+        series = history["gradient/norm_applied"]
+        seen = tuple(series.cells.labels[i] for i in np.flatnonzero(series.seen.any(axis=0)))
+        missing = tuple(name for name in watched.optimizers if name not in seen)
+        rows = [Coverage("gradient", "exact", seen, "seen when the optimizer is called, after any clipping")]
+        return [*rows, Coverage("gradient", "unseen", missing, "no gradient so far")] if missing else rows
     return [Coverage("gradient", "unseen", tuple(watched.optimizers), "no optimizer has stepped with a gradient")]
 
 
@@ -66,9 +69,13 @@ def _optimizers(watched: Watched, history: History) -> list[Coverage]:
     """What is seen of updates; second moments, which not every optimizer has, are told apart."""
     if "optimizer/update_rms" not in history:
         return [Coverage("optimizer", "unseen", tuple(watched.optimizers), "no optimizer has stepped in a sample")]
-    names = history["optimizer/update_rms"].cells
-    rows = [Coverage("optimizer", "exact", tuple(dict.fromkeys(str(c.coordinates[0]) for c in names)))]
+    stepped = tuple(dict.fromkeys(str(c.coordinates[0]) for c in history["optimizer/update_rms"].cells))
+    rows = [Coverage("optimizer", "exact", stepped)]
+    if rested := tuple(name for name in watched.optimizers if name not in stepped):
+        rows.append(Coverage("optimizer", "unseen", rested, "it has not stepped in a sample"))
     for name, parameters in watched.parameters.items():
+        if name in rested:
+            continue
         sample = ParameterSample(name, parameters)
         for reason, without in unseen_second_moments(watched.optimizers[name], sample).items():
             places = [name] if len(without) == len(sample.parameters) else without
