@@ -10,7 +10,7 @@ import numpy as np
 from traindiag.record.frame import Frame, Reading
 from traindiag.record.signal import Signal
 
-MAX_TAGS = 40
+MAX_TAGS = 60
 """A run that logs more signals of its own has the rest in the log only: dashboards fetch each tag by itself."""
 FAST_EVERY = 50
 """Steps between points of the fast lane where no slow sample sets the pace."""
@@ -18,6 +18,7 @@ FAST_EVERY = 50
 _MEDIAN = ("attention/max_logit", "attention/entropy")  # the worst head alone tells no outlier from a common drift
 _FEW_CELLS = ((), ("optimizer",), ("site",))
 _LOG_ONLY = ("gradient/parameter_norm", "optimizer/parameter_norm")  # of many norms that of the largest tensor wins
+_FLAGS = "wiring"  # right or wrong: nothing that a curve would show
 _THEIRS = "logged"  # numbers that the loop logs itself stand in its loggers already
 
 
@@ -101,7 +102,7 @@ class _Interval:
 
 
 def _shown(signal: Signal) -> bool:
-    return signal.name not in _LOG_ONLY and signal.family != _THEIRS
+    return signal.name not in _LOG_ONLY and signal.family not in (_THEIRS, _FLAGS)
 
 
 def _base(signal: Signal) -> str:
