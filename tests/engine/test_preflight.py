@@ -79,6 +79,8 @@ def same(a: Any, b: Any) -> bool:
 def trained(steps: int) -> tuple[Noisy, torch.optim.Optimizer]:
     """A model in the middle of a run, gradients and optimizer state included."""
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     model = Noisy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -128,7 +130,7 @@ def test_a_run_goes_on_as_if_there_had_been_no_rehearsal() -> None:
             optimizer.step()
             scheduler.step()
         results.append(everything(model, optimizer))
-    assert same(*results)
+    assert [name for name in results[0] if not same(results[0][name], results[1][name])] == []
 
 
 def gpt(layers: int = 3) -> tuple[GPT, tuple[Tensor, Tensor]]:
@@ -264,7 +266,7 @@ def test_a_lightning_module() -> None:
 @pytest.mark.parametrize(
     ("data", "keywords", "message"),
     [
-        ((torch.ones(4, 5), torch.zeros(4).long()), {}, r"could not be called with this batch \(a tuple of float32 \(4, 5\)"),
+        ((torch.ones(4, 5), torch.zeros(4).long()), {}, r"with this batch \(a tuple of float32 \(4, 5\)"),
         (batch()[0], {}, r"no loss in what Noisy returned.*pass loss="),
         ((batch()[0], torch.rand(12, 3)), {}, r"no loss in what Noisy returned"),
         (batch(), {"loss": lambda m, b: m(b[0])}, r"one value, got shape \(12, 3\); pass loss="),
@@ -274,7 +276,7 @@ def test_a_lightning_module() -> None:
         (batch(), {"steps": 0}, r"steps must be an integer of at least 1, got 0"),
         (batch(), {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())}, r"2 tensors and none of the 6"),
         (batch(), {"optimizer": torch.optim.LBFGS(nn.Linear(2, 2).parameters())}, r"LBFGS"),
-        (batch(), {"optimizer": 3e-4}, r"optimizer must be a torch.optim.Optimizer, got float|iterable"),
+        (batch(), {"optimizer": 3e-4}, r"optimizer must be a torch.optim.Optimizer, got float"),
     ],
 )  # fmt: skip
 def test_clear_messages(data: Any, keywords: dict[str, Any], message: str) -> None:

@@ -231,7 +231,7 @@ def _wiring(verdict: Verdict) -> Explanation:
         if verdict.severity == "info":
             return Explanation(
                 f"{tensors} that nothing trains change{s}",
-                "They are a copy of trained ones and change at every sample, as a teacher or a target network does "
+                "They are a copy of trained ones and change together, as those of a teacher or a target network do "
                 "that follows its student.",
             )
         return Explanation(

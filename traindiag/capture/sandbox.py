@@ -25,11 +25,13 @@ def sandbox(modules: Sequence[nn.Module]) -> Iterator[None]:
         >>> before = torch.get_rng_state()
         >>> with sandbox([net]):
         ...     _ = net(torch.ones(3, 2))
-        >>> net[0].num_batches_tracked.item(), torch.equal(before, torch.get_rng_state())
-        (0, True)
+        >>> net[0].num_batches_tracked.item(), net[0].running_mean.tolist()
+        (0, [0.0, 0.0])
+        >>> torch.equal(before, torch.get_rng_state())
+        True
     """
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
-    copies = [(b, b._version, b.detach().clone()) for b in buffers]
+    copies = [(b, b.detach().clone()) for b in buffers]
     modes = [(m, m.training) for module in modules for m in module.modules()]
     devices = sorted({p.get_device() for module in modules for p in module.parameters() if p.is_cuda})
     of_python, of_numpy = random.getstate(), np.random.get_state()
@@ -39,8 +41,9 @@ def sandbox(modules: Sequence[nn.Module]) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-            for buffer, version, copy in copies:
-                if buffer._version != version:  # writing to one that autograd has saved would break its backward pass
-                    buffer.copy_(copy)
+            for buffer, copy in copies:
+                # All of them: batch norm moves its statistics without counting their version up. Through .data,
+                # which does not either: writing to one that autograd has saved would break its backward pass.
+                buffer.data.copy_(copy)
             for module, mode in modes:
                 module.training = mode

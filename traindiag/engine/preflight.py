@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -140,8 +140,8 @@ def preflight(
 
 
 def _listed(optimizer: Optimizers) -> list[Optimizer]:
-    several = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    listed = list(several.values() if isinstance(several, Mapping) else several)
+    several = optimizer.values() if isinstance(optimizer, Mapping) else optimizer
+    listed = list(several) if isinstance(several, Iterable) else [several]
     for item in listed:
         if not isinstance(item, Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(item).__name__}")

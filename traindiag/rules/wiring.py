@@ -202,8 +202,8 @@ class Unchanged(Wiring):
 class FrozenChanged(Wiring):
     """A tensor that nothing trains has changed.
 
-    Whole modules that change at every sample and are a copy of a trained one (a teacher, a target network that
-    follows its student) do so on purpose: info.
+    A module that changes as a whole and is a copy of a trained one (a teacher or a target network, which follows its
+    student) does so on purpose: info.
     """
 
     signal = "wiring/frozen_changed"
@@ -226,13 +226,13 @@ class FrozenChanged(Wiring):
         for i, coordinates in enumerate(cells.coordinates):
             followers.setdefault(str(coordinates[-1]).partition(".")[0], []).append(i)
         designed = np.zeros_like(flagged)
-        for module, members in followers.items():
+        for members in followers.values():
             names = [str(cells.coordinates[i][-1]) for i in members]
             frozen = [i for i, name in zip(members, names) if name not in self._trained]
             copies = all(str(cells.coordinates[i][-1]).partition(".")[2] in tails for i in frozen)
             # a module in which something is trained is no copy, and one tensor may be like another by chance
-            whole = len(frozen) == len(members) > 1 and bool((flagged | ~healthy)[frozen].all())
-            designed[frozen] = bool(module) and copies and whole and not healthy[frozen].any()
+            whole = len(frozen) == len(members) > 1 and 2 * int(flagged[frozen].sum()) > len(frozen)
+            designed[frozen] = copies and whole
         return designed
 
     def state_dict(self) -> dict[str, Any]:
