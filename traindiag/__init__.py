@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from traindiag.adapters.transformers import HFTrainingDiagnostics
     from traindiag.alerts.alert import Alert, Remedy
     from traindiag.engine.diagnostics import Diagnostics
+    from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
     from traindiag.record.cells import Cell, Cells
     from traindiag.record.frame import Frame, Reading
+    from traindiag.record.preflight import Preflight
     from traindiag.record.run_info import RunInfo
     from traindiag.record.series import History, Series
     from traindiag.record.signal import Signal
@@ -41,6 +43,7 @@ __all__ = [
     "History",
     "Monitor",
     "NonFinite",
+    "Preflight",
     "Reading",
     "Remedy",
     "Rule",
@@ -52,6 +55,7 @@ __all__ = [
     "Threshold",
     "TrainingDiagnostics",
     "Verdict",
+    "preflight",
 ]
 
 _HOMES = {
@@ -59,10 +63,12 @@ _HOMES = {
     "traindiag.alerts.alert": ("Alert", "Remedy"),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),
+    "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.record.cells": ("Cell", "Cells"),
     "traindiag.record.frame": ("Frame", "Reading"),
+    "traindiag.record.preflight": ("Preflight",),
     "traindiag.record.run_info": ("RunInfo",),
     "traindiag.record.series": ("History", "Series"),
     "traindiag.record.signal": ("Signal",),

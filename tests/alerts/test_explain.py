@@ -11,6 +11,7 @@ from tests.rules.frames import frame
 from traindiag.alerts.explain import Explanation, explain
 from traindiag.record.cells import Cell
 from traindiag.record.run_info import OptimizerInfo, RunInfo
+from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rule import Rule, Verdict
 
@@ -85,7 +86,7 @@ def test_non_finite() -> None:
 
 @pytest.mark.parametrize("rule", default_rules(), ids=lambda r: r.name)
 def test_every_default_rule_is_explained(rule: Rule) -> None:
-    kind = type(rule).__name__.lower()
+    kind = "wiring" if isinstance(rule, StructuralZeros) else type(rule).__name__.lower()
     signal = next(iter(rule.signals), "loss/value")
     said = told(
         Verdict(rule.name, kind, signal, 9, severity=rule.settings().get("severity", "critical"), value=1.0), RUN

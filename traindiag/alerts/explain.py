@@ -58,6 +58,8 @@ def explain(verdict: Verdict, frame: Frame) -> Explanation:
             return _logit_growth(verdict, frame.run)
     if verdict.kind == "spike" and verdict.signal.startswith("gradient/"):
         return _gradient_spike(verdict, frame.run)
+    if verdict.kind == "wiring" or verdict.signal.startswith("wiring/"):
+        return _wiring(verdict)
     return _generic(verdict)
 
 
@@ -191,6 +193,91 @@ def _nonfinite(verdict: Verdict, frame: Frame) -> Explanation:
         (),
         (*remedies, *_lower_lr(run)),
     )
+
+
+def _wiring(verdict: Verdict) -> Explanation:
+    count = verdict.others + 1
+    tensors = str(verdict.cell.coordinates[-1]) if count == 1 and verdict.cell.coordinates else f"{count} tensors"
+    s = "s" if count == 1 else ""
+    do, have = ("does", "has") if count == 1 else ("do", "have")
+    if verdict.signal == "gradient/rms":
+        return Explanation(
+            f"{tensors} get{s} no gradient so far",
+            "Usually so by construction: a key bias, which softmax cancels; LoRA's A at its first step; what stands "
+            "behind a branch that starts at zero; experts that no token has reached.",
+            remedies=(Remedy("Nothing, unless one of them should learn from the first step on.", when="now"),),
+        )
+    if verdict.signal == "wiring/ungraded":
+        return Explanation(
+            f"No gradient reaches {tensors}",
+            "The loss does not depend on it: a detach, a .data, an .item(), a block under no_grad, or a module that "
+            "the forward pass never calls.",
+            remedies=(
+                Remedy("Look for what cuts the graph between this tensor and the loss.", when="restart"),
+                Remedy("If it is not to be trained, set requires_grad=False and leave it out.", when="restart"),
+            ),
+        )
+    if verdict.signal == "wiring/unchanged":
+        return Explanation(
+            f"{tensors} {have} a gradient and {do} not learn",
+            "The learning rate of its parameter group is 0, or the update is lost in the rounding of the weights, as "
+            "with bfloat16 weights and a small learning rate.",
+            remedies=(
+                Remedy("Check the learning rate of each parameter group and its schedule.", when="now"),
+                Remedy("Keep the weights in float32 and compute in bfloat16 by autocast.", when="restart"),
+            ),
+        )
+    if verdict.signal == "wiring/frozen_changed":
+        if verdict.severity == "info":
+            return Explanation(
+                f"{tensors} that nothing trains change{s}",
+                "They are a copy of trained ones and change together, as those of a teacher or a target network do "
+                "that follows its student.",
+            )
+        return Explanation(
+            f"{tensors} {'is' if count == 1 else 'are'} frozen and changed",
+            "Something writes to it: an optimizer that still holds it and moves it by momentum or weight decay, an "
+            "averaged copy, or code that loads weights.",
+            remedies=(
+                Remedy("Build the optimizer from parameters with requires_grad=True only.", when="restart"),
+                Remedy("Look for in-place writes to it in hooks, callbacks and the forward pass.", when="now"),
+            ),
+        )
+    if verdict.signal == "wiring/owners":
+        number_of = "no optimizer" if verdict.value < 1 else f"{verdict.value:.0f} optimizers"
+        return Explanation(
+            f"{tensors} {have} {number_of}" + (" (the first of them)" if count > 1 else ""),
+            "It asks for a gradient. In no optimizer it is never updated; in two it is updated twice a step.",
+            remedies=(
+                Remedy("Add it to exactly one optimizer.", when="restart"),
+                Remedy(
+                    "If it is not to be trained, set requires_grad=False: that saves its gradient.", when="restart"
+                ),
+            ),
+        )
+    if verdict.signal == "wiring/replicas_differ":
+        if verdict.severity == "info":
+            return Explanation(
+                f"{tensors} differ{s} between ranks from the start",
+                "Right where ranks hold parts of one tensor (tensor or expert parallelism), a fault where they "
+                "should hold copies: then they were initialised with different seeds.",
+            )
+        return Explanation(
+            f"Ranks hold different values of {tensors}",
+            "Replicas have drifted apart: an update, a write or a skipped step on some ranks only, or gradients that "
+            "were not averaged.",
+            remedies=(
+                Remedy(
+                    "Stop and go back to a checkpoint: what ranks learn from here on is not one model.", when="now"
+                ),
+                Remedy(
+                    "Look for writes to parameters that depend on the rank, and for parameters that "
+                    "DistributedDataParallel was not given.",
+                    when="restart",
+                ),
+            ),
+        )
+    return _generic(verdict)
 
 
 def _generic(verdict: Verdict) -> Explanation:

@@ -25,8 +25,10 @@ def sandbox(modules: Sequence[nn.Module]) -> Iterator[None]:
         >>> before = torch.get_rng_state()
         >>> with sandbox([net]):
         ...     _ = net(torch.ones(3, 2))
-        >>> net[0].num_batches_tracked.item(), torch.equal(before, torch.get_rng_state())
-        (0, True)
+        >>> net[0].num_batches_tracked.item(), net[0].running_mean.tolist()
+        (0, [0.0, 0.0])
+        >>> torch.equal(before, torch.get_rng_state())
+        True
     """
     places = [(m, name, b) for module in modules for m in module.modules() for name, b in m._buffers.items()]
     copies = {id(b): b.clone() for _, _, b in places if b is not None}

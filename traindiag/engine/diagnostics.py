@@ -186,6 +186,17 @@ class Diagnostics:
         """Time spent in diagnostics as a share of the time of all steps; NaN before the second step."""
         return self._meter.total_share
 
+    def shares(self, cadence: int) -> tuple[float, float]:
+        """Recent cost of what is done every step and of what a sample adds, spread over ``cadence`` steps, as shares
+        of the time of a step without diagnostics; NaN before three steps of either kind.
+        """
+        return self._meter.recent_shares(cadence)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median of recent steps; None before the second one."""
+        return self._meter.seconds_per_step
+
     # -- a loop that is yours ------------------------------------------------------------------
 
     @contextmanager
@@ -638,7 +649,8 @@ class Diagnostics:
                 lane.settle(received)
                 if lane is self._slow:
                     self._after_sample(received)
-                if any(a.status == "opened" for a in alerts):
+                # a fault of wiring shows no better in more samples
+                if any(a.status == "opened" and a.kind != "wiring" for a in alerts):
                     # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
                     self._schedule.open_burst(received.frame.step + 2)
                 self._outlet.frame(received.frame, alerts)

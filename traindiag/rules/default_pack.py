@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule
 from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
+from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
 
 LOGIT_DAMAGE = 1e3
 """Loss gets worse from about here. arXiv 2309.14322 appendix E.1, where scaled queries and keys are transplanted
@@ -91,4 +93,10 @@ def default_rules() -> list[Rule]:
             otherwise="gradient/norm_applied",
             name="gradient/norm-spike",
         ),
+        StructuralZeros(),
+        Ungraded(),
+        Unchanged(),
+        FrozenChanged(),
+        Owners(),
+        ReplicasDiffer(),
     ]

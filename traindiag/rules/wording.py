@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def number(value: float) -> str:
@@ -41,3 +42,14 @@ def more(others: int) -> str:
         (', and 1 more cell', '')
     """
     return f", and {others} more cell{'s' * (others > 1)}" if others else ""
+
+
+def names_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first names of a list and how many follow.
+
+    Example:
+        >>> names_of(["a", "b", "c"]), names_of(["a", "b", "c", "d", "e"])
+        ('a, b, c', 'a, b, c and 2 more')
+    """
+    left = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {left} more" if left > 0 else "")
