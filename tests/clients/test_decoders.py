@@ -94,3 +94,16 @@ class TestMixtral:
         assert len(experts) == 4
         for name in experts:  # one tensor holds all experts: half of its gradient is zero, and nothing is ungraded
             np.testing.assert_allclose(client.of("gradient/zero_fraction", name), [0.5] * STEPS, atol=1e-3)
+
+
+def test_gpt_oss_whose_softmax_takes_more_than_the_scores_is_told_as_unseen() -> None:
+    """It joins a learnt sink to the scores and takes the row maximum off: what enters its softmax are no logits."""
+    config = transformers.GptOssConfig(
+        **SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"
+    )
+    client = Client(lambda: transformers.GptOssForCausalLM(config), language_loss)
+    assert not [name for name in client.history if name.startswith("attention/")]
+    assert client.coverage("attention") == {"unseen": set(HEADS)}
+    client.assert_output("GptOssForCausalLM")
+    client.assert_activations(*LAYERS, stacks=["model.layers"])
+    client.assert_parameters()

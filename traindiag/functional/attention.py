@@ -22,6 +22,9 @@ _FLOOR = -1e8
 _HIGHEST_PER_CALL, _SPACED_PER_CALL = 64, 32
 """Rows of a head over the whole batch that are enough: a large batch needs fewer of each item."""
 
+_CANDIDATES = 128
+"""Rows of a head that are compared by their range, and keys that stand for all of them there."""
+
 _SLACK = 2e-5
 """A kernel rounds its log-sum-exp (measured: 8e-6 in fp32), and we round norms: a ceiling stays above the truth."""
 
@@ -75,8 +78,9 @@ def attention_statistics(
             :func:`torch.nn.functional.scaled_dot_product_attention`.
         scale: Factor on the products; ``1 / sqrt(size)`` by default.
         logsumexp: ``[..., heads, >= T]`` of the scaled and masked logits; columns beyond ``T`` are padding.
-        rows: Rows computed per head and batch item, at most: this many with the highest ceilings, and as many evenly
-            spaced (entropy uses only the latter, which makes it unbiased). Fewer where the batch has many items.
+        rows: Rows computed per head and batch item, at most: this many with the highest ceilings, as many evenly
+            spaced (entropy uses only the latter, which makes it unbiased), and a quarter as many where the ceiling
+            is highest above the mean logit. Fewer where the batch has many items.
         exact: Compute every row, block by block.
 
     Raises:
@@ -122,7 +126,8 @@ def attention_statistics(
             # Kernels write 0 or +inf for a row that sees nothing.
             ceiling = ceiling.masked_fill(~open_rows, -torch.inf)
 
-        chosen, spaced = _choose(ceiling, length if exact else rows)
+        centred = _centred(ceiling, query, key, scale) if not exact and length > 2 * rows else None
+        chosen, spaced = _choose(ceiling, length if exact else rows, centred)
         parts = []
         for items, block in _blocks(batch, chosen.shape[-1], heads * columns):
             index = chosen[items, :, block]
@@ -234,15 +239,37 @@ def _floor(dtype: torch.dtype) -> float:
     return max(_FLOOR, torch.finfo(dtype).min / 2)
 
 
-def _choose(ceiling: Tensor, rows: int) -> tuple[Tensor, int]:
-    """Indices ``[batch, heads, n]`` of the rows to look at, and how many of them, the first, are evenly spaced."""
+def _centred(ceiling: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Ceilings ``[batch, heads, T]`` less the mean logit with evenly spaced keys, masked ones too; ``-inf`` in rows
+    that are not looked at. A shift that all keys share is in both in full.
+    """
+    query, key = (t[:, :, :: -(-t.shape[2] // _CANDIDATES)] for t in (query, key))
+    mean_key = key.mean(2).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    mean_logit = (query @ mean_key[..., None])[..., 0].float() * scale
+    centred = torch.full_like(ceiling, -torch.inf)
+    step = -(-ceiling.shape[2] // _CANDIDATES)
+    centred[..., ::step] = ceiling[..., ::step] - mean_logit
+    return centred
+
+
+def _choose(ceiling: Tensor, rows: int, centred: Tensor | None = None) -> tuple[Tensor, int]:
+    """Indices ``[batch, heads, n]`` of the rows to look at, and how many of them, the first, are evenly spaced.
+
+    Args:
+        ceiling: What no logit of a row exceeds; rows with the highest may hold the largest logit.
+        rows: Of each kind, at most.
+        centred: Ceilings less mean logits, where known; rows with the highest may hold the largest range, which a
+            bias on the keys leaves as it is while it moves the ceilings.
+    """
     batch, heads, length = ceiling.shape
     if length <= 2 * rows:
         return torch.arange(length, device=ceiling.device).expand(batch, heads, -1), length
     highest, spaced = (min(rows, max(2, -(-n // batch))) for n in (_HIGHEST_PER_CALL, _SPACED_PER_CALL))
     even = ((torch.arange(spaced, device=ceiling.device) * 2 + 1) * length).div(2 * spaced, rounding_mode="floor")
-    top = ceiling.topk(highest, sorted=False).indices
-    return torch.cat([even.expand(batch, heads, -1), top], -1), spaced
+    top = [ceiling.topk(highest, sorted=False).indices]
+    if centred is not None:
+        top.append(centred.topk(-(-highest // 4), sorted=False).indices)
+    return torch.cat([even.expand(batch, heads, -1), *top], -1), spaced
 
 
 def _blocks(batch: int, rows: int, width: int) -> list[tuple[slice, slice]]:
