@@ -119,7 +119,8 @@ def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, 
             for tensor in attention.projections()[0]:
                 tensor *= GROWTH
     diagnostics.finish()
-    verdicts = [(a.status, a.rule, a.step, a.severity, a.signal, a.where, a.kind) for a in diagnostics.alerts]
+    alerts = [a for a in diagnostics.alerts if a.kind != "wiring"]  # of parameters: others make the same function
+    verdicts = [(a.status, a.rule, a.step, a.severity, a.signal, a.where, a.kind) for a in alerts]
     return {name: np.array(series.values) for name, series in diagnostics.history.items()}, verdicts
 
 
