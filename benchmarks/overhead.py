@@ -5,7 +5,7 @@ compares a window with the mean of its two neighbours. Their mean is what a run 
 even it is, and the same measurement with nothing to measure (``control``) how much of it is noise. Everything
 is on as it comes: all families, default rules, a TensorBoard log.
 
-    python -m benchmarks.overhead            # writes benchmarks/results/overhead.json, about 20 minutes
+    python -m benchmarks.overhead            # writes benchmarks/results/overhead.json, about 15 minutes
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Subject:
 
 SUBJECTS = {
     "demo: 3 layers, width 64, context 128, batch 16": Subject(
-        GPTConfig(layers=3, width=64, heads=4, context=128), batch=16, window=40, windows=36
+        GPTConfig(layers=3, width=64, heads=4, context=128), batch=16, window=40, windows=26
     ),
     "6 layers, width 256, context 256, batch 8": Subject(
-        GPTConfig(layers=6, width=256, heads=8, context=256), batch=8, window=20, windows=20
+        GPTConfig(layers=6, width=256, heads=8, context=256), batch=8, window=20, windows=14
     ),
 }
 FAMILIES = sorted({m.family for m in Settings().build_monitors()})
@@ -170,7 +170,7 @@ def summary(ratios: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2, help="rounds over all variants")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds over all variants")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

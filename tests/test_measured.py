@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import OVERHEAD, with_tables
 from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rule_set import RuleSet
 
@@ -28,6 +29,16 @@ def test_every_unstable_seed_is_warned_at_least_twenty_steps_before_the_loss_sho
 def test_healthy_seeds_are_silent() -> None:
     assert len(HEALTHY) == 5
     assert not any(r["events"].keys() & {"warning", "critical"} for r in HEALTHY)
+
+
+def test_cost_as_it_comes_is_within_two_percent() -> None:
+    for model, variants in json.loads(OVERHEAD.read_text())["results"].items():
+        assert variants["as it comes"]["mean"] <= 1.02, model
+
+
+def test_tables_of_the_readme_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_tables(readme), "run python -m benchmarks.tables"
 
 
 def test_readme_quotes_the_benchmark() -> None:
