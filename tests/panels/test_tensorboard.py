@@ -115,7 +115,7 @@ def test_alerts_are_text_newest_first(read):
     assert first.index("INFO") < first.index("WARNING")
     assert "CRITICAL" in second
     assert "closed" in third
-    assert "| attention | exact | 2: " in text(read.Tensors("diag_run/coverage")[0])
+    assert "- **attention** exact, 2: " in text(read.Tensors("diag_run/coverage")[0])
     metadata = read.SummaryMetadata("diag_alerts/feed")
     assert (metadata.plugin_data.plugin_name, metadata.data_class) == ("text", 2)
 

@@ -15,19 +15,17 @@ def alerts_markdown(alerts: Sequence[Alert]) -> str:
 
 
 def coverage_markdown(table: Sequence[Coverage]) -> str:
-    """A markdown table of what is seen.
+    """A list of what is seen; TensorBoard breaks the words of a table's narrow columns.
 
     Example:
         >>> print(coverage_markdown([Coverage("output", "unseen", ("head",), "fused loss")]))
-        | family | seen | places | reason |
-        |---|---|---|---|
-        | output | unseen | 1: head | fused loss |
+        - **output** unseen, 1: head (fused loss)
     """
-    rows = [
-        f"| {row.family} | {row.sight} | {len(row.places)}: {_shortened(row.places)} | {escape(row.reason)} |"
+    return "\n".join(
+        f"- **{row.family}** {row.sight}, {len(row.places)}: {_shortened(row.places)}"
+        + (f" ({escape(row.reason)})" if row.reason else "")
         for row in table
-    ]
-    return "\n".join(["| family | seen | places | reason |", "|---|---|---|---|", *rows])
+    )
 
 
 def _shortened(names: Sequence[str]) -> str:
