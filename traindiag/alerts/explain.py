@@ -11,7 +11,7 @@ from traindiag.record.catalogue import BY_NAME
 from traindiag.record.frame import Frame
 from traindiag.record.run_info import OptimizerInfo, RunInfo
 from traindiag.rules.rule import Verdict
-from traindiag.rules.wording import number, steps
+from traindiag.rules.wording import in_steps, number
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
 _SPIKES = "Wortsman et al. 2023, arXiv 2304.13013"
@@ -72,7 +72,7 @@ def _logit_growth(verdict: Verdict, run: RunInfo) -> Explanation:
     title = f"Attention logits are too large{_at(verdict)}"
     if verdict.steps_to_limit is not None and verdict.steps_to_limit[1] > 0:
         title = f"Attention logits will pass {number(verdict.limit or 0.0)} in about "
-        title += f"{steps(verdict.steps_to_limit[1])} steps{_at(verdict)}"
+        title += f"{in_steps(verdict.steps_to_limit[1])}{_at(verdict)}"
     cause = (
         "Queries and keys grow, and their product with the square of it: attention turns one-hot, its gradient "
         "vanishes, and the loss follows. The usual reason is a learning rate that is too high for this size of model."

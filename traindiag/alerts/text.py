@@ -7,7 +7,7 @@ import re
 import textwrap
 
 from traindiag.alerts.alert import Alert, Span
-from traindiag.rules.wording import number, steps
+from traindiag.rules.wording import in_steps, number, steps
 
 _UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("d", 86400.0))
 
@@ -130,7 +130,7 @@ def _crossing(alert: Alert) -> str:
     low, mid, high = alert.steps_to_limit
     if mid <= 0:
         return "now"
-    text = f"in {steps(mid)} steps ({steps(low)}-{steps(high)})"
+    text = f"in {in_steps(mid)} ({steps(low)}-{steps(high)})"
     return text if alert.time_to_limit is None else f"{text}, {_times(alert.time_to_limit)}"
 
 

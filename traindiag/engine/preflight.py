@@ -38,8 +38,10 @@ from traindiag.transfer.states import Group, Reduced
 
 Loss = Callable[[Any, Any], Tensor]
 
-STEPS = 8
-"""Every second one is sampled: the fewest in which the cost of either kind is a median of three."""
+STEPS = 16
+_CADENCE = 4
+"""The first step tells no time, and three samples follow, for a median. The step after a sample judges it: more than one
+other must lie between two samples for the median to be that of an idle step."""
 
 LOSS_MARGIN = 0.75
 """Nats between the first loss and the logarithm of the number of classes. Logits of standard deviation s that know
@@ -78,7 +80,7 @@ def preflight(
         optimizer: One optimizer, several, or several by name.
         loss: ``(model, batch) -> scalar``. By default the ``loss`` that the output carries, or else cross-entropy of
             the output with the targets.
-        steps: Rehearsed steps; fewer than 8 leave the cost out.
+        steps: Rehearsed steps; fewer than 13 leave the cost out.
         every_n_steps: Cadence that the cost is told for.
         show: Whether the result is printed.
 
@@ -100,7 +102,9 @@ def preflight(
     _check(model, optimizers, steps)
     compute = loss or (_training_step if _is_lightning(model) else _usual_loss)
     classes = _Classes()
-    settings = Settings(monitors=[classes], default_rules=False, every_n_steps=2, max_overhead=None, terminal=False)
+    settings = Settings(
+        monitors=[classes], default_rules=False, every_n_steps=_CADENCE, max_overhead=None, terminal=False
+    )
     with untouched([model], optimizers):
         notes = _make_ready(model, optimizers)
         diagnostics = Diagnostics(model, optimizer, settings=settings)

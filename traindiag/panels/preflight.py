@@ -48,8 +48,8 @@ def preflight_report(result: Preflight) -> RenderableType:
             facts.add_row(Text("growth", "dim"), Text(f"{what} over {stack}: {value:+.3f} a block (0 is best)"))
     if result.cost is not None:
         cost = result.cost
-        line = f"{cost.share:.2%} of the step time when every {cost.every_n_steps}th step is sampled "
-        line += f"({cost.sampled:.1%} of a sampled step, {cost.idle:.2%} of any other; "
+        line = f"{cost.share:.1%} of the step time when every {cost.every_n_steps}th step is sampled "
+        line += f"({cost.sampled:.0%} of a sampled step, {cost.idle:.1%} of any other; "
         facts.add_row(Text("cost", "dim"), Text(line + f"a step takes {_seconds(cost.seconds_per_step)})"))
     whole = [row for row in result.coverage if row.sight == "exact" and not row.reason]
     if whole:
@@ -71,9 +71,7 @@ def preflight_report(result: Preflight) -> RenderableType:
 def _sight(row: Coverage) -> tuple[Text, Text]:
     names = row.places if len(row.places) <= 2 else (row.places[0], f"{len(row.places) - 1} more")
     where = f"{row.family} of {', '.join(names)}" if names else row.family
-    label, style = {"exact": ("seen", "green"), "bound": ("bound only", "yellow")}.get(
-        row.sight, ("not seen", "yellow")
-    )
+    label, style = {"exact": ("seen", "green"), "bound": ("in part", "yellow")}.get(row.sight, ("not seen", "yellow"))
     return Text(label, style), Text(f"{where}: {row.reason}")
 
 

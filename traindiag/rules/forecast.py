@@ -13,7 +13,7 @@ from traindiag.rules import arguments
 from traindiag.rules.cell_table import CellTable
 from traindiag.rules.line_fit import Floats, Lines, fit_lines
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
-from traindiag.rules.wording import more, number, steps
+from traindiag.rules.wording import in_steps, more, number, steps
 
 FLOOR = 30
 """Least window and least horizon in steps: a young run has few steps behind it, and fails within as few."""
@@ -235,9 +235,9 @@ class Forecast(Rule):
             return f"{text}; its way to {number(self.limit)} is no longer clear"
         if left[1] == 0.0 and value >= self.limit:
             return f"{text} and has reached {number(self.limit)}, as foretold"
-        low, mid, high = map(steps, left)
+        low, high = steps(left[0]), steps(left[2])
         text += (
-            f" and grows: it reaches {number(self.limit)} in about {mid} steps ({low} to {high}), by "
+            f" and grows: it reaches {number(self.limit)} in about {in_steps(left[1])} ({low} to {high}), by "
             f"{lines.points[at]} samples of the last {int(frame.step - taken[0])} steps (R2 {lines.fit[at]:.2f})"
         )
         if self.horizon is None and frame.run.length is None:

@@ -34,6 +34,16 @@ def steps(value: float) -> str:
     return f"{value:.0f}"
 
 
+def in_steps(value: float) -> str:
+    """A number of steps with its unit.
+
+    Example:
+        >>> in_steps(1.2), in_steps(80)
+        ('1 step', '80 steps')
+    """
+    return f"{steps(value)} step{'' if steps(value) == '1' else 's'}"
+
+
 def more(others: int) -> str:
     """``, and 4 more cells`` for the end of a sentence, or nothing.
 
