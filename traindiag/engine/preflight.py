@@ -40,8 +40,8 @@ Loss = Callable[[Any, Any], Tensor]
 
 STEPS = 16
 _CADENCE = 4
-"""The first step tells no time, and three samples follow, for a median. The step after a sample judges it: more than one
-other must lie between two samples for the median to be that of an idle step."""
+"""The first step tells no time, and three samples follow, for a median. The step after a sample judges it: more than
+one other must lie between two samples for the median to be that of an idle step."""
 
 LOSS_MARGIN = 0.75
 """Nats between the first loss and the logarithm of the number of classes. Logits of standard deviation s that know
