@@ -23,16 +23,32 @@ from traindiag.monitors.output import OutputMonitor
 from traindiag.monitors.sentinel import SentinelMonitor
 from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import near
+from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
+from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
 
 PLUGINS = "traindiag.plugins"
 """Entry points of installed packages, by the names that a file may use. Only one that a file names is loaded."""
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "rules": {c.__name__: c for c in (Threshold, Forecast, Spike, NonFinite)},
+    "rules": {
+        c.__name__: c
+        for c in (
+            Threshold,
+            Forecast,
+            Spike,
+            NonFinite,
+            StructuralZeros,
+            Ungraded,
+            Unchanged,
+            FrozenChanged,
+            Owners,
+            ReplicasDiffer,
+        )
+    },
     "monitors": {
         c.__name__: c
         for c in (
