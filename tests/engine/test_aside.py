@@ -50,6 +50,18 @@ def test_work_that_never_ends_is_given_up_and_what_comes_late_is_nobodys() -> No
     aside.close()
 
 
+def test_work_that_waits_for_itself_does_not_hang() -> None:
+    aside = Aside[str]()
+
+    def asks() -> str:
+        aside.wait()  # as a rule of the user's does that reads diagnostics.history
+        return "done"
+
+    aside.start(asks)
+    assert aside.take(patience=5) == "done"
+    aside.close()
+
+
 def test_the_thread_ends_with_the_run() -> None:
     before = len(threads())
     run(aside=True)

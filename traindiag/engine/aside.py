@@ -26,6 +26,7 @@ class Aside(Generic[Result]):
 
     def __init__(self) -> None:
         self._lines: tuple[_Work[Result], _Outcomes[Result]] | None = None
+        self._thread: threading.Thread | None = None
         self._busy = False
 
     @property
@@ -39,13 +40,14 @@ class Aside(Generic[Result]):
             raise RuntimeError("the result of the work under way must be taken before other work starts")
         if self._lines is None:
             self._lines = SimpleQueue(), SimpleQueue()
-            threading.Thread(target=_work_off, args=self._lines, name="traindiag", daemon=True).start()
+            self._thread = threading.Thread(target=_work_off, args=self._lines, name="traindiag", daemon=True)
+            self._thread.start()
         self._busy = True
         self._lines[0].put(work)
 
     def wait(self) -> None:
-        """Returns when nothing is going on; the result stays to be taken."""
-        if self._lines is not None and self._busy:
+        """Returns when nothing is going on; the result stays to be taken. Work does not wait for itself."""
+        if self._lines is not None and self._busy and threading.current_thread() is not self._thread:
             self._lines[1].put(self._lines[1].get())
 
     def take(self, patience: float | None = None) -> Result:
