@@ -62,6 +62,24 @@ def test_work_that_waits_for_itself_does_not_hang() -> None:
     aside.close()
 
 
+def test_an_interrupt_loses_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    aside = Aside[str]()
+    aside.start(lambda: "first")
+    aside.wait()
+    work, outcomes = aside._lines
+
+    class Interrupted:
+        def get(self, timeout: float | None = None) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(aside, "_lines", (work, Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        aside.take()
+    monkeypatch.setattr(aside, "_lines", (work, outcomes))
+    assert aside.busy and aside.take() == "first"
+    aside.close()
+
+
 def test_the_thread_ends_with_the_run() -> None:
     before = len(threads())
     run(aside=True)

@@ -61,12 +61,12 @@ class Aside(Generic[Result]):
         """
         if self._lines is None or not self._busy:
             raise RuntimeError("there is no work whose result could be taken")
-        self._busy = False
         try:
             result, error = self._lines[1].get(timeout=patience)
         except Empty:
             self.close()  # what comes late must not be taken for the result of other work
             raise TimeoutError(f"no result after {patience} s") from None
+        self._busy = False  # not earlier: after an interrupt the result is still to be taken
         if error is not None:
             raise error
         return cast(Result, result)
