@@ -659,9 +659,7 @@ class Diagnostics:
             self._switch_off()
             if not self._failed:
                 self._failed = left
-                self._tell(
-                    f"diagnostics are off from step {self.step_count} on: {left}; training goes on without them"
-                )
+                self._tell_off(left)
 
     def _hear_aside(self, run: RunInfo, told: bool) -> None:
         self._outlet.write_due()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,10 @@ from traindiag.record.frame import Reading
 from traindiag.transfer.states import Group, Reduced
 
 _SUMS = tuple(name for name in ActivationStatistics._fields if name != "max_abs")
-_NAMES = ("rms", "max", "kurtosis", "zero_fraction", "nonfinite", "growth_exponent")
+_SIGNALS = {
+    name: BY_NAME[f"activation/{name}"]
+    for name in ("rms", "max", "kurtosis", "zero_fraction", "nonfinite", "growth_exponent")
+}
 
 MAX_LAYERS = 32
 """Layers looked at in a model without blocks."""
@@ -51,7 +53,7 @@ class ActivationMonitor(Monitor):
     name = "activation"
     family = "activation"
     lane = "slow"
-    signals = tuple(BY_NAME[f"activation/{n}"] for n in _NAMES)
+    signals = tuple(_SIGNALS.values())
 
     def __init__(self, modules: Sequence[str] = (), *, rows: int = 256) -> None:
         if isinstance(modules, str):
@@ -120,11 +122,11 @@ class ActivationMonitor(Monitor):
         # Where everything is zero no feature stands out; NaN is not zero.
         lives = seen & (power != 0)
         return (
-            _reading("rms", cells, rms, seen),
-            _reading("max", cells, layers.maxima["max_abs"], seen, layers.ranks["max_abs"]),
-            _reading("kurtosis", cells, _ratio(sums["weighted_kurtosis"], power), lives),
-            _reading("zero_fraction", cells, _ratio(sums["zeros"], sums["sampled"]), seen),
-            _reading("nonfinite", cells, sums["nonfinite"], seen),
+            Reading.masked(_SIGNALS["rms"], cells, rms, seen),
+            Reading.masked(_SIGNALS["max"], cells, layers.maxima["max_abs"], seen, layers.ranks["max_abs"]),
+            Reading.masked(_SIGNALS["kurtosis"], cells, _ratio(sums["weighted_kurtosis"], power), lives),
+            Reading.masked(_SIGNALS["zero_fraction"], cells, _ratio(sums["zeros"], sums["sampled"]), seen),
+            Reading.masked(_SIGNALS["nonfinite"], cells, sums["nonfinite"], seen),
             *self._growth(cells, rms, seen),
         )
 
@@ -140,7 +142,11 @@ class ActivationMonitor(Monitor):
         if not found:
             return ()
         values = np.array(list(found.values()))
-        return (_reading("growth_exponent", Cells.along("layer", found), values, np.ones(len(found), np.bool_)),)
+        return (
+            Reading.masked(
+                _SIGNALS["growth_exponent"], Cells.along("layer", found), values, np.ones(len(found), np.bool_)
+            ),
+        )
 
 
 def _joined(a: ActivationStatistics, b: ActivationStatistics) -> ActivationStatistics:
@@ -153,15 +159,3 @@ def _ratio(total: Floats, count: Floats) -> Floats:
     """NaN where there is nothing to divide by."""
     with np.errstate(invalid="ignore"):
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count != 0)
-
-
-def _reading(
-    name: str,
-    cells: Cells,
-    values: NDArray[np.floating[Any]],
-    seen: NDArray[np.bool_],
-    ranks: NDArray[np.int64] | None = None,
-) -> Reading:
-    signal = BY_NAME[f"activation/{name}"]
-    with np.errstate(over="ignore"):
-        return Reading(signal, cells, np.where(seen, values, np.nan).astype(np.float32), seen, ranks)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from traindiag.capture.taps import AttentionCall, AttentionTap, Tap
@@ -16,7 +15,6 @@ from traindiag.monitors.monitor import Monitor
 from traindiag.record.catalogue import BY_NAME
 from traindiag.record.cells import Cells
 from traindiag.record.frame import Reading
-from traindiag.record.signal import Signal
 from traindiag.transfer.states import Group, Reduced
 
 _MAXIMA = ("max_logit", "max_logit_bound", "logit_range")
@@ -25,6 +23,7 @@ _ROOT_MEANS = {
     "query_norm": ("query_square_sum", "query_rows"),
     "key_norm": ("key_square_sum", "key_rows"),
 }
+_SIGNALS = {name: BY_NAME[f"attention/{name}"] for name in (*_MAXIMA, *_MEANS, *_ROOT_MEANS)}
 _SUMS = tuple(name for pair in (*_MEANS.values(), *_ROOT_MEANS.values()) for name in pair)
 
 
@@ -46,7 +45,7 @@ class AttentionMonitor(Monitor):
     name = "attention"
     family = "attention"
     lane = "slow"
-    signals = tuple(BY_NAME[f"attention/{n}"] for n in (*_MAXIMA, *_MEANS, *_ROOT_MEANS))
+    signals = tuple(_SIGNALS.values())
 
     def __init__(self, *, exact: bool = False, rows: int = 16, limit: float = 100.0) -> None:
         if rows < 1:
@@ -113,14 +112,14 @@ class AttentionMonitor(Monitor):
             largest = heads.maxima[name]
             # The maximum over nothing: every key masked.
             seen = heads.seen & (largest != -np.inf)
-            found.append(_reading(name, heads.cells, largest, seen, heads.ranks[name]))
+            found.append(Reading.masked(_SIGNALS[name], heads.cells, largest, seen, heads.ranks[name]))
         for name, (total, count) in (_MEANS | _ROOT_MEANS).items():
             counts = heads.sums[count]
             seen = heads.seen & (counts > 0)
             with np.errstate(invalid="ignore"):
                 values = heads.sums[total] / np.maximum(counts, 1)
                 values = np.sqrt(values) if name in _ROOT_MEANS else values
-            found.append(_reading(name, heads.cells, values, seen))
+            found.append(Reading.masked(_SIGNALS[name], heads.cells, values, seen))
         return found
 
     def feedback(self, readings: Sequence[Reading]) -> None:
@@ -149,14 +148,3 @@ def _state(statistics: AttentionStatistics, name: str) -> Tensor:
     """A sum that was not measured has a count of zero."""
     value: Tensor | None = getattr(statistics, name)
     return torch.zeros_like(statistics.max_logit) if value is None else value
-
-
-def _reading(
-    name: str,
-    cells: Cells,
-    values: NDArray[np.floating[Any]],
-    seen: NDArray[np.bool_],
-    ranks: NDArray[np.int64] | None = None,
-) -> Reading:
-    signal: Signal = BY_NAME[f"attention/{name}"]
-    return Reading(signal, cells, np.where(seen, values, np.nan).astype(np.float32), seen, ranks)

@@ -122,8 +122,7 @@ class OutputMonitor(Monitor):
             values, seen, ranks = found[name]
             if name in _UNLESS_RULED_OUT:
                 seen = seen & ~ruled_out
-            values = np.where(seen, values, np.nan).astype(np.float32)
-            readings.append(Reading(signal, sites.cells, values, seen, ranks))
+            readings.append(Reading.masked(signal, sites.cells, values, seen, ranks))
         return readings
 
 

@@ -48,7 +48,7 @@ def ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> N
 
 def reading(name: str, cells: Cells, values: NDArray[Any], seen: NDArray[np.bool_]) -> Reading:
     """A reading of a built-in signal, NaN where not seen."""
-    return Reading(BY_NAME[name], cells, np.where(seen, values, np.nan).astype(np.float32), seen)
+    return Reading.masked(BY_NAME[name], cells, values, seen)
 
 
 def kept(readings: Sequence[Reading]) -> list[Reading]:

@@ -133,8 +133,7 @@ class SentinelMonitor(Monitor):
             if (seen := scalars > 0).any():
                 found.append(Reading(_RMS_T, group.cells, values, seen))
         if (group := states.get("skipped")) is not None:
-            values = np.where(group.seen, group.sums["skipped"] / world_size(), np.nan).astype(np.float32)
-            found.append(Reading(_SKIPPED, group.cells, values, group.seen))
+            found.append(Reading.masked(_SKIPPED, group.cells, group.sums["skipped"] / world_size(), group.seen))
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,19 @@ class Reading:
     @classmethod
     def scalar(cls, signal: Signal, value: float) -> Reading:
         return cls(signal, Cells.single(), np.array([value], np.float32), np.ones(1, np.bool_))
+
+    @classmethod
+    def masked(
+        cls,
+        signal: Signal,
+        cells: Cells,
+        values: NDArray[np.floating[Any]],
+        seen: BoolArray,
+        ranks: IntArray | None = None,
+    ) -> Reading:
+        """From numbers of any precision, whatever stands where nothing was seen; too large ones become infinite."""
+        with np.errstate(over="ignore"):
+            return cls(signal, cells, np.where(seen, values, np.nan).astype(np.float32), seen, ranks)
 
     def worst(self) -> int | None:
         """Index of the worst cell: a non-finite one if there is any, otherwise the extreme one."""
