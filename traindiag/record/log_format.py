@@ -197,7 +197,7 @@ class _Track:
         self.signal = reading.signal
         self.order = Alignment(reading.cells)
         self.version = 1
-        self.rows: list[NDArray[np.float32]] = []
+        self.rows: list[tuple[FloatArray, BoolArray]] = []
         self.steps: list[int] = []
         self._describe()
 
@@ -223,7 +223,7 @@ class _Track:
             due += self.flush()
         if step % self.every == 0 or not (self.described or self.steps):
             values, seen = self.order.spread(reading.cells, reading.values[None], reading.seen[None])
-            self.rows.append(mark(values[0], seen[0]))
+            self.rows.append((values[0], seen[0]))
             self.steps.append(step)
         if self.steps and (len(self.steps) == self.most or step == self.steps[0] + CHUNK_STEPS - 1):
             due += self.flush()
@@ -235,7 +235,8 @@ class _Track:
         at = self.steps[-1]
         table = np.empty((len(self.rows), 1 + len(self.order.cells)), np.float32)
         table[:, 0] = at - np.array(self.steps)
-        table[:, 1:] = self.rows
+        values, seen = (np.stack(columns) for columns in zip(*self.rows))
+        table[:, 1:] = mark(values, seen)
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in table.shape])
         value = Summary.Value(
             tag=PREFIX + self.signal.name + (f"/{self.version}" if self.version > 1 else ""),
