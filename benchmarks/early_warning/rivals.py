@@ -396,7 +396,8 @@ class ConfigurationAlone:
         scale: Standard deviation of each; 1 where it did not vary.
 
     Example:
-        >>> ladder = [{"peak_lr": lr, "warmup": 10, "eps": 1e-8, "qk_norm": 0} for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)]
+        >>> rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+        >>> ladder = [{"peak_lr": lr, "warmup": 10, "eps": 1e-8, "qk_norm": 0} for lr in rates]
         >>> control = ConfigurationAlone.fit(ladder, [False, False, False, True, True])
         >>> loss = {"loss/value": {0: 5.0, 1: 4.9}}
         >>> [control.fires(loss, run) for run in ladder]
