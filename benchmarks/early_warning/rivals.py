@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -380,7 +380,7 @@ FEATURES: Mapping[str, Callable[[float], float]] = {
     "eps": math.log10,
     "qk_norm": float,
 }
-"""What a configuration is judged by, and on which scale."""
+"""What a configuration is judged by where nothing else is said, and on which scale."""
 
 
 @dataclass(frozen=True)
@@ -394,6 +394,7 @@ class ConfigurationAlone:
         weights: Of the standardised features, the constant last.
         centre: Mean of each feature over the runs that it was fitted on.
         scale: Standard deviation of each; 1 where it did not vary.
+        features: Names in a configuration and their scales, in the order of the weights.
 
     Example:
         >>> rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -407,17 +408,26 @@ class ConfigurationAlone:
     weights: tuple[float, ...]
     centre: tuple[float, ...]
     scale: tuple[float, ...]
+    features: Mapping[str, Callable[[float], float]] = field(default_factory=lambda: FEATURES)
     name: str = "configuration alone"
-    source: str = "ours, a control: logistic regression on FEATURES"
+    source: str = "ours, a control: logistic regression on the configuration"
     signals: tuple[str, ...] = ()
 
     @classmethod
-    def fit(cls, configs: Sequence[Config], unstable: Sequence[bool], *, ridge: float = 0.1) -> ConfigurationAlone:
+    def fit(
+        cls,
+        configs: Sequence[Config],
+        unstable: Sequence[bool],
+        *,
+        features: Mapping[str, Callable[[float], float]] = FEATURES,
+        ridge: float = 0.1,
+    ) -> ConfigurationAlone:
         """Fits the logistic regression.
 
         Args:
             configs: Configurations of the tuning runs.
             unstable: Which of them went wrong.
+            features: What to judge by; with models of several kinds also which kind it is, as numbers 0 and 1.
             ridge: Weight of the squared coefficients: without it they have no bound where one limit on the learning
                 rate parts the runs without error.
 
@@ -430,11 +440,11 @@ class ConfigurationAlone:
                 f"expected as many fates as configurations, of both kinds; got {len(configs)} configurations and "
                 f"{int(wrong.sum())} of {len(wrong)} unstable"
             )
-        raw = np.array([_features(config) for config in configs])
+        raw = np.array([_scaled(features, config) for config in configs])
         centre, scale = raw.mean(0), raw.std(0)
         scale[scale < 1e-9] = 1.0
         x = np.column_stack([(raw - centre) / scale, np.ones(len(raw))])
-        penalty = np.diag([ridge] * len(FEATURES) + [0.0])
+        penalty = np.diag([ridge] * len(features) + [0.0])
         weights = np.zeros(x.shape[1])
         for _ in range(100):
             p = 1 / (1 + np.exp(-(x @ weights)))
@@ -442,11 +452,11 @@ class ConfigurationAlone:
             step = np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + penalty, gradient)
             # a Newton step may be far too long where all probabilities are near 0 or 1
             weights -= step / max(1.0, float(np.abs(step).max()))
-        return cls(tuple(weights.tolist()), tuple(centre.tolist()), tuple(scale.tolist()))
+        return cls(tuple(weights.tolist()), tuple(centre.tolist()), tuple(scale.tolist()), features)
 
     def probability(self, config: Config) -> float:
         """That a run with this configuration goes wrong."""
-        x = (np.array(_features(config)) - self.centre) / self.scale
+        x = (np.array(_scaled(self.features, config)) - self.centre) / self.scale
         return float(1 / (1 + np.exp(-(x @ self.weights[:-1] + self.weights[-1]))))
 
     def scores(self, series: Mapping[str, Readings], config: Config) -> Scores:
@@ -459,10 +469,10 @@ class ConfigurationAlone:
         return _openings(self.scores(series, config), limit)
 
 
-def _features(config: Config) -> list[float]:
-    if missing := [name for name in FEATURES if name not in config]:
+def _scaled(features: Mapping[str, Callable[[float], float]], config: Config) -> list[float]:
+    if missing := [name for name in features if name not in config]:
         raise KeyError(f"configuration alone needs {missing}; these are given: {sorted(config)}")
-    return [scale(config[name]) for name, scale in FEATURES.items()]
+    return [scale(config[name]) for name, scale in features.items()]
 
 
 # -- all of them -------------------------------------------------------------------------------

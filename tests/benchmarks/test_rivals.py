@@ -218,6 +218,17 @@ def test_the_configuration_alone_learns_the_ladder() -> None:
     assert control.fires({LOSS: {0: NAN}}, runs[0][0]) == []  # and whatever is seen
 
 
+def test_the_configuration_alone_takes_other_features() -> None:
+    small = [({**c, "convolutional": 1}, wrong) for c, wrong in ladder(0, 1e-2)]
+    large = [({**c, "convolutional": 0}, wrong) for c, wrong in ladder(0, 3e-1)]
+    configs, wrong = zip(*small, *large, strict=True)
+    blind = ConfigurationAlone.fit(configs, wrong)
+    told = ConfigurationAlone.fit(configs, wrong, features={**rivals.FEATURES, "convolutional": float})
+    series = {LOSS: {0: 3.0}}
+    assert [bool(told.fires(series, config)) for config in configs] == list(wrong)
+    assert [bool(blind.fires(series, config)) for config in configs] != list(wrong)
+
+
 def test_the_configuration_alone_cannot_be_fitted_to_one_fate() -> None:
     with pytest.raises(ValueError, match="of both kinds; got 2 configurations and 0 of 2 unstable"):
         ConfigurationAlone.fit([RUN, RUN], [False, False])
