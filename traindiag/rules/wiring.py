@@ -16,8 +16,8 @@ from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import names_of
 
 FIRST_SAMPLES = 3
-"""Looks in a row, from the first one on, early steps among them: a branch that is used now and then, a first step of a
-warm-up with a learning rate of 0, or a zero that moves one look later is no fault."""
+"""Looks in a row, from the first one on, early steps among them: a branch that is used now and then, a first step of
+a warm-up with a learning rate of 0, or a zero that moves one look later is no fault."""
 
 
 class Wiring(Rule):
