@@ -314,7 +314,7 @@ SIGNALS: tuple[Signal, ...] = (
     Signal(
         "wiring/frozen_changed",
         ("parameter",),
-        "1 where a frozen tensor is not what it was at the sample before",
+        "1 where a frozen tensor is not what it was when it was last looked at",
         formula="[bits differ]",
         source=_TRAINCHECK,
     ),
