@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from traindiag.capture.blocks import Stack, block_stacks, layers_with_parameters, stacks_of
+from traindiag.capture.blocks import Stack, block_stacks, layers_with_parameters, parameter_blocks, stacks_of
 from traindiag.capture.names import watch
 from traindiag.capture.watched import Watched
 from traindiag.demo.model import GPT, GPTConfig
@@ -170,3 +170,58 @@ def test_layers_of_a_model_without_blocks() -> None:
     few = layers_with_parameters(watched(long), at_most=5)
     assert few == ("0", "50", "100", "148", "198")
     assert layers_with_parameters(watched(long), at_most=1) == ("0",)
+
+
+def of_parameters(model: nn.Module, patterns: str = "*") -> list[str]:
+    """Blocks of the parameters, each once, in the order of the model."""
+    return list(dict.fromkeys(parameter_blocks(watched(model, patterns)).values()))
+
+
+GPT_BLOCKS = ["token_embedding", "position_embedding", *(f"blocks.{i}" for i in range(3)), "final_norm", "head"]
+
+
+class Alone(nn.Module):
+    """What a framework's module or a task wrapper puts around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.net = model
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (gpt, GPT_BLOCKS),
+        (lambda: Alone(perceptron()), ["net.layers.0", "net.layers.1", "net.layers.2", "net.head"]),
+        (llama, ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head"]),
+        # the head is the embedding, and bears its name
+        (gpt2, ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f"]),
+        (mixture, ["layers.0", "layers.1", "layers.2"]),
+        (wrapped, GPT_BLOCKS),
+        (lambda: Alone(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))), ["net.0", "net.2"]),
+        (lambda: Alone(nn.Linear(1, 1)), ["net"]),
+        (lambda: nn.Linear(1, 1), ["weight", "bias"]),
+    ],
+)  # fmt: skip
+def test_the_block_of_each_parameter(build, expected) -> None:
+    assert of_parameters(build()) == expected
+
+
+def test_the_block_of_a_parameter_whether_it_is_watched_or_not() -> None:
+    assert of_parameters(gpt(), "blocks.1") == of_parameters(gpt())
+    frozen = gpt()
+    frozen.blocks[0].requires_grad_(False)
+    assert of_parameters(frozen) == [b for b in of_parameters(gpt()) if b != "blocks.0"]
+
+
+def test_the_block_of_a_parameter_that_no_model_holds() -> None:
+    copies = [p.detach().clone().requires_grad_() for p in gpt().parameters()]
+    found = parameter_blocks(watch(gpt(), torch.optim.SGD(copies, lr=0.1)))
+    assert set(found.values()) == {"SGD"} and len(found) == len(copies)
+
+
+def test_the_blocks_of_several_models() -> None:
+    models = {"actor": gpt(), "critic": nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))}
+    optimizers = {n: torch.optim.SGD(m.parameters(), lr=0.1) for n, m in models.items()}
+    found = set(parameter_blocks(watch(models, optimizers)).values())
+    assert found == {*(f"actor.{b}" for b in of_parameters(gpt())), "critic"}

@@ -81,7 +81,8 @@ def test_a_closure_in_a_loop_of_ones_own_may_show_its_gradients_before_clipping(
             optimizer.step(closure)  # type: ignore[arg-type]
     diagnostics.finish()
     np.testing.assert_allclose(diagnostics.history["gradient/norm"].values[:, 0], truth, rtol=1e-5)
-    assert "gradient/norm_applied" not in diagnostics.history
+    applied = diagnostics.history["gradient/norm_applied"]
+    assert applied.steps.tolist() == [0] and applied.values[0, 0] == pytest.approx(1e-3, rel=1e-3)
 
 
 class OnlyAttention(nn.Module):

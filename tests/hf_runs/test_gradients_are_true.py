@@ -72,7 +72,10 @@ def test_against_a_model_trained_by_nobody(make: Any, options: dict[str, Any], t
     np.testing.assert_allclose(measured(diagnostics, "loss/value"), losses, rtol=1e-5)
     np.testing.assert_allclose(measured(diagnostics, "loss/value"), trace.logged("loss"), rtol=1e-5)
     assert len(norms) == 6 and norms.min() > 0.1  # far above the clip value: it is the norm before
-    assert "gradient/norm_applied" not in diagnostics.history
+    applied = diagnostics.history["gradient/norm_applied"]
+    assert applied.steps.tolist() == [0]
+    if options.get("max_grad_norm") == 0.0:
+        np.testing.assert_allclose(applied.values[:, 0], norms[0], rtol=1e-4)
 
 
 def test_in_half_precision_it_is_the_norm_that_the_trainer_reports(tmp_path: Path) -> None:
@@ -100,3 +103,50 @@ def test_the_loss_scale_is_removed(tmp_path: Path) -> None:
     train(llama(), [unscaled], tmp_path)
     first = [measured(d, "gradient/norm")[0] for d in (diagnostics, unscaled)]
     np.testing.assert_allclose(*first, rtol=0.05)  # half precision against float32
+
+
+@pytest.mark.parametrize(
+    ("options", "scaled"),
+    [
+        ({}, False),
+        ({"bf16": True}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"max_grad_norm": 1e9}, False),
+        ({}, True),
+        ({"max_grad_norm": 0.0}, True),  # nobody removes the loss scale before the optimizer does
+    ],
+)
+def test_what_clipping_leaves(options: dict[str, Any], scaled: bool, tmp_path: Path) -> None:
+    given: list[float] = []
+
+    class Watched(Traced):
+        """Writes down the norm of what the optimizer is given, in float64."""
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            if scaled:
+                self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+                self.accelerator.native_amp = True
+                self.accelerator.state._mixed_precision = "fp16"
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().create_optimizer(*args, **kwargs)
+
+            def note(optimizer: Any, *_: Any) -> None:
+                gradients = [p.grad.double().flatten() for g in optimizer.param_groups for p in g["params"]]
+                scale = getattr(optimizer, "grad_scale", None)
+                given.append(float(torch.cat(gradients).norm() / (1 if scale is None else scale)))
+
+            made.register_step_pre_hook(note)
+            return made
+
+    diagnostics = HFTrainingDiagnostics(every_n_steps=2, max_overhead=None, terminal=False, strict=True)
+    options = {"max_grad_norm": 0.01, **options}
+    train(llama(), [diagnostics], tmp_path, kind=Watched, **options)
+    applied = diagnostics.history["gradient/norm_applied"]
+    assert applied.steps.tolist() == [0, 2, 4] and len(given) == 6
+    np.testing.assert_allclose(applied.values[:, 0], given[::2], rtol=1e-5)
+    before = measured(diagnostics, "gradient/norm")[::2]
+    expected = np.full(3, 0.01) if options["max_grad_norm"] == 0.01 else before
+    np.testing.assert_allclose(applied.values[:, 0], expected, rtol=1e-3)
+    assert before.min() > 0.1

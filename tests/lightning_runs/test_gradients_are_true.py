@@ -89,3 +89,90 @@ def test_raw_optimizers_in_manual_optimization_are_seen() -> None:
     torch.manual_seed(0)
     fit([diagnostics], module=Raw(DropoutGPT(), trace), trace=trace, steps=3, max_steps=-1, max_epochs=1)
     assert diagnostics.history["gradient/norm_applied"].steps.tolist() == [0, 1, 2]
+
+
+class Recording(torch.optim.SGD):
+    """Writes down the norm of what it is given, in float64; over many tensors at once Nesterov's writes over it."""
+
+    given: list[float]
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.given.append(
+            float(torch.cat([p.grad.double().flatten() for p in self.param_groups[0]["params"]]).norm())
+        )
+        super().step()
+        return loss
+
+
+def recorded(optimizer: list[Recording], base: Any = None) -> Any:
+    from tests.lightning_runs.run import Automatic
+
+    class Recorded(base or Automatic):  # type: ignore[misc]
+        def configure_optimizers(self) -> Any:
+            made = Recording(self.parameters(), lr=self.lr, momentum=0.9, nesterov=True, foreach=True)
+            made.given = []
+            optimizer.append(made)
+            return made
+
+    return Recorded
+
+
+CLIPPED: dict[str, dict[str, Any]] = {
+    "norm": {"gradient_clip_val": 0.01},
+    "value": {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+    "accumulated": {"gradient_clip_val": 0.01, "accumulate_grad_batches": 2},
+    "bf16": {"gradient_clip_val": 0.01, "precision": "bf16-mixed"},
+    "scaled": {"gradient_clip_val": 0.01},
+    "not": {},
+}
+
+
+@pytest.mark.parametrize("kind", CLIPPED)
+def test_what_clipping_leaves_is_there_at_samples(kind: str) -> None:
+    from tests.lightning_runs.run import DropoutGPT, Trace
+
+    optimizer: list[Recording] = []
+    trace, oracle = Trace(), Oracle()
+    torch.manual_seed(0)
+    module = recorded(optimizer)(DropoutGPT(), trace)
+    options = dict(CLIPPED[kind])
+    if kind == "scaled":
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]
+    diagnostics = TrainingDiagnostics(every_n_steps=2, max_overhead=None, terminal=False, strict=True)
+    fit([diagnostics, oracle], module=module, trace=trace, steps=5, **options)
+    applied = diagnostics.history["gradient/norm_applied"]
+    assert applied.steps.tolist() == [0, 2, 4] and len(norms(diagnostics)) == 5
+    np.testing.assert_allclose(applied.values[:, 0], optimizer[0].given[::2], rtol=1e-5)
+    np.testing.assert_allclose(norms(diagnostics), oracle.norms, rtol=1e-5)
+    ratio = applied.values[:, 0] / norms(diagnostics)[::2]
+    assert np.allclose(ratio, 1) if kind == "not" else (ratio < 0.5).all()
+
+
+def test_what_manual_clipping_leaves() -> None:
+    from tests.lightning_runs.run import Automatic, DropoutGPT, Trace
+
+    class Clips(Automatic):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(batch))
+            self.clip_gradients(optimizer, 0.01, "norm")
+            optimizer.step()
+
+    optimizer: list[Recording] = []
+    trace = Trace()
+    torch.manual_seed(0)
+    module = recorded(optimizer, Clips)(DropoutGPT(), trace)
+    diagnostics = TrainingDiagnostics(every_n_steps=1, max_overhead=None, terminal=False, strict=True)
+    fit([diagnostics], module=module, trace=trace, steps=3)
+    applied = diagnostics.history["gradient/norm_applied"]
+    np.testing.assert_allclose(applied.values[:, 0], optimizer[0].given, rtol=1e-5)
+    np.testing.assert_allclose(applied.values[:, 0], 0.01, rtol=1e-3)

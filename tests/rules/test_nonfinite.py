@@ -86,3 +86,11 @@ def test_the_rank_is_passed_on() -> None:
     base = reading([1.0, math.nan], "attention/max_logit")
     told = Reading(base.signal, base.cells, base.values, base.seen, np.array([0, 5], np.int64))
     assert NonFinite().update(frame(0, told))[0].rank == 5
+
+
+def test_an_early_look_at_wiring_is_no_sample_of_activations() -> None:
+    rule = NonFinite()
+    rule.update(frame(0, reading([1.0], "activation/rms")))
+    rule.update(frame(1, reading([0.0], "wiring/ungraded"), early=True))
+    (verdict,) = rule.update(frame(1, reading([math.nan], "loss/value"), lane="fast"))
+    assert "the last is from step 0" in verdict.evidence

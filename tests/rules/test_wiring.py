@@ -149,3 +149,17 @@ def test_a_resumed_run_goes_on_where_it_was(cut: int) -> None:
 def test_arguments() -> None:
     with pytest.raises(ValueError, match="persistence must be an integer of at least 1, got 0"):
         Ungraded(persistence=0)
+
+
+def test_early_looks_count_and_let_the_sleepers_be() -> None:
+    """A frame of an early step holds flags of wiring and nothing else."""
+
+    def early(step: int, flag: float) -> Frame:
+        return frame(step, reading([flag, 0.0], "wiring/unchanged", cells("a", "b")), early=True)
+
+    flagged = [still(0, 0.0, 0.0, 0.1), early(1, 1.0), early(9, 1.0), early(99, 1.0)]
+    assert told(Unchanged(), flagged) == [None, None, *[(1, "warning", "a")] * 2]
+    asleep = [still(0, 0.0, 0.0, 1e-9), early(1, 1.0), early(9, 1.0), early(99, 1.0)]
+    assert told(Unchanged(), asleep) == [None] * 4
+    moved = [still(0, 0.0, 0.0, 0.1), early(1, 0.0), *(still(s, 0.0, 0.0, 0.1) for s in (10, 20, 30))]
+    assert told(Unchanged(), moved) == [None] * 5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -62,6 +63,36 @@ def block_stacks(watched: Watched) -> tuple[Stack, ...]:
     return tuple(found.values())
 
 
+def parameter_blocks(watched: Watched) -> dict[str, str]:
+    """The block that each optimizer's parameter stands in, by their names.
+
+    What stands outside of all blocks (embeddings, a head, a last norm) goes by the name of the first module on the
+    way to it that holds no block; in a model without blocks, by that of the first one that does not hold everything.
+
+    Example:
+        >>> import torch
+        >>> from traindiag.capture.names import watch
+        >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2, bias=False)) for _ in range(2))
+        >>> body = nn.ModuleDict({"embed": nn.Embedding(3, 2), "layers": layers})
+        >>> model = nn.ModuleDict({"body": body, "head": nn.Linear(2, 3)})
+        >>> parameter_blocks(watch(model, torch.optim.SGD(model.parameters())))["body.layers.1.0.weight"]
+        'body.layers.1'
+        >>> list(dict.fromkeys(parameter_blocks(watch(model, torch.optim.SGD(model.parameters()))).values()))
+        ['body.embed', 'body.layers.0', 'body.layers.1', 'head']
+    """
+    names = [name for parameters in watched.parameters.values() for name, _ in parameters]
+    blocks = [block for stack in block_stacks(watched) for block in stack.blocks]
+    if blocks:
+        around = {above for block in blocks for above in _above(block)}
+    else:
+        places = [tuple(name.split(".")[:-1]) for name in names]
+        everything = _common(places)
+        if everything in places:  # it holds a parameter itself: a single layer, and not what layers stand in
+            everything = everything[:-1]
+        around = {".".join(everything[:i]) for i in range(1, len(everything) + 1)}
+    return {name: next((a for a in _above(name) if a not in around), name) for name in names}
+
+
 def layers_with_parameters(watched: Watched, at_most: int) -> tuple[str, ...]:
     """The innermost watched modules that hold parameters; where they are too many, evenly spaced ones with both ends.
 
@@ -85,6 +116,23 @@ def layers_with_parameters(watched: Watched, at_most: int) -> tuple[str, ...]:
     if len(names) <= at_most:
         return tuple(names)
     return tuple(names[round(i * (len(names) - 1) / max(at_most - 1, 1))] for i in range(at_most))
+
+
+def _above(name: str) -> list[str]:
+    """Names of all that a module or parameter stands in, from the outside.
+
+    Example:
+        >>> _above("model.layers.0")
+        ['model', 'model.layers']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """What all paths begin with."""
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths))
+    return tuple(level[0] for level in same)
 
 
 def _stacks(module: nn.Module, seen: set[int]) -> Iterator[tuple[nn.Module, ...]]:

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -115,6 +115,7 @@ class Diagnostics:
             for name in ("fast", "slow")
         )
         self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
+        self._has_early = any(m.early for m in self._slow.monitors.values())
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
         self.border = Border(self._fail, strict=strict)
@@ -128,6 +129,7 @@ class Diagnostics:
         self._armed = False
         self._in_step = False
         self._sampling = False
+        self._early = False
         self._told_coverage = False
         self._told_backoff = False
         self._ordered = False
@@ -508,7 +510,7 @@ class Diagnostics:
 
         The first non-finite gradient in that order is then the one to look at.
         """
-        if self._ordered or not self._capture.forward_order:
+        if self._ordered or self._early or not self._capture.forward_order:
             return
         self._ordered = True
         self.watched = self.watched.in_order(self._capture.forward_order)
@@ -560,21 +562,25 @@ class Diagnostics:
     def _begin_step(self) -> None:
         if self._in_step:
             return
-        self._in_step = True  # this and the next line first: whatever fails, ranks must send the same messages
+        self._in_step = True  # this and the next lines first: whatever fails, ranks must send the same messages
         self._sampling = self._schedule.due(self.step_count)
-        self._fast.lean = self._schedule.lean and not self._sampling
+        self._early = not self._sampling and self._has_early and self._schedule.early(self.step_count)
+        self._fast.lean, self._slow.early = self._schedule.lean and not self._sampling, False
         self._seen_gradients.clear()
         self._updated.clear()
         if self._failed:
             return
         if not self._armed:
             self._arm()
+        self._slow.early = self._early  # not before: all monitors are armed in such a step too
         self._outlet.start(self.run, self.segment, self.step_count)
 
-    def _before_update(self, name: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_update(
+        self, name: str, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         depth = self._stepping[name] = self._stepping.get(name, 0) + 1
         if depth > 1:  # a subclass whose step calls the step of its base runs every hook twice
-            return
+            return None
         if self._steps_end_with_updates:
             with self.border:
                 self._capture.close()
@@ -583,26 +589,32 @@ class Diagnostics:
             with self.border:
                 self._begin_step()
         if self._failed or not self._in_step:
-            return
+            return None
         with self.border:
             rate = optimizer.param_groups[0].get("lr")
             if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
                 self._learning_rates[name] = float(rate)
-            if not _has_closure(args, kwargs):  # a closure makes the gradients, when this hook is over
+            closure = _closure_of(args, kwargs)
+            if closure is None:  # a closure makes the gradients, when this hook is over
                 # a fused optimizer divides by the loss scale itself, inside of its step
-                self._measure_applied(name, getattr(optimizer, "grad_scale", None))
-            if self._sampling:
+                scale = getattr(optimizer, "grad_scale", None)
+                self._measure_applied(name, scale)
+                self._show_applied(name, scale)
+            if self._sampling or self._early:
                 with self._meter:
                     update = Update(self._samples[name], optimizer)
                     for lane in self._measuring():
                         lane.each("before_update", name, update)
+            if closure is not None and self._sampling:
+                return _with_closure(args, kwargs, self._shown_after(closure, name))
+        return None
 
     def _after_update(self, name: str, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth = self._stepping[name] = self._stepping.get(name, 0) - 1
         if depth > 0:
             return
         with self.border, self._meter:
-            if _has_closure(args, kwargs):
+            if _closure_of(args, kwargs) is not None:
                 self._measure_applied(name)
             self.updates[name] += 1
             self._updated.add(name)
@@ -617,20 +629,39 @@ class Diagnostics:
         if self._in_step and self.measures_applied_gradients and name not in self._seen_gradients:
             self.gradients(name, applied=True, scale=scale)
 
+    def _show_applied(self, name: str, scale: Tensor | float | None = None) -> None:
+        """The same in samples, where they have been shown before any clipping too."""
+        with self.border, self._meter:
+            if self._in_step and self._sampling and not self._failed and name in self._seen_gradients:
+                for lane in self._measuring():
+                    lane.each("applied", name, scale=scale)
+
+    def _shown_after(self, closure: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """A closure that clips leaves no other moment: an optimizer may write over its gradients as it steps."""
+
+        @functools.wraps(closure)
+        def evaluated(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            self._show_applied(name)
+            return loss
+
+        return evaluated
+
     def _measures_fast(self) -> bool:
         return self._in_step and (self.settings.fast or self._sampling)
 
     def _measuring(self) -> list[LeavingLane]:
         fast = [self._fast] if self._measures_fast() else []
-        return [*fast, self._slow] if self._sampling and self._in_step else fast
+        return [*fast, self._slow] if (self._sampling or self._early) and self._in_step else fast
 
     def _send(self) -> None:
-        facts, costs = StepFacts(), (math.nan, math.nan)
+        facts, costs = StepFacts(early=self._early), (math.nan, math.nan)
         with self.border:
             facts = StepFacts(
                 updates=dict(self.updates),
                 learning_rates=dict(self._learning_rates),
                 seconds_per_step=self._meter.seconds_per_step,
+                early=self._early,
             )
             if self._sampling:
                 costs = self._meter.recent_shares(self._schedule.cadence)
@@ -655,7 +686,7 @@ class Diagnostics:
         for lane, received, alerts in heard:
             with self.border:
                 lane.settle(received)
-                if lane is self._slow:
+                if received.frame.sampled:
                     self._after_sample(received)
                 # a fault of wiring shows no better in more samples
                 if any(a.status == "opened" and a.kind != "wiring" for a in alerts):
@@ -754,9 +785,19 @@ class Diagnostics:
         )
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``optimizer.step`` was called with a function that evaluates the model."""
-    return callable(kwargs.get("closure", args[1] if len(args) > 1 else None))
+def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The function that evaluates the model, if ``optimizer.step`` was called with one."""
+    given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return given if callable(given) else None
+
+
+def _with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``optimizer.step`` was called with, with another closure."""
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
 
 
 def _shared_run_id() -> str:

@@ -31,6 +31,7 @@ class StepFacts:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     seconds_per_step: float | None = None
     time: float = field(default_factory=time.time)
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class MonitorLane:
         self.off: dict[str, str] = {}
         self.lean = False
         """Whether costly monitors have a rest."""
+        self.early = False
+        """Whether this step is no sample and only monitors that ask for the first steps work."""
         self._strict, self._report = strict, report
         self._interested: dict[str, list[Monitor]] = {}
         self._faults: dict[str, str] = {}
@@ -102,12 +105,12 @@ class MonitorLane:
                     self._contain(monitor, event, error)
 
     def working(self) -> list[Monitor]:
-        if not (self.off or self._faults or self.lean):
+        if not (self.off or self._faults or self.lean or self.early):
             return self._all
         return [m for m in self._all if self.works(m)]
 
     def works(self, monitor: Monitor) -> bool:
-        if self.lean and monitor.costly:
+        if (self.lean and monitor.costly) or (self.early and not monitor.early):
             return False
         return monitor.name not in self.off and monitor.name not in self._faults
 
@@ -184,6 +187,7 @@ class MonitorLane:
             updates=facts.updates,
             learning_rates=facts.learning_rates,
             segment=segment,
+            early=facts.early and self.name == "slow",
         )
         ranks = world_size()
         costs = delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks

@@ -24,6 +24,7 @@ from traindiag.capture.watched import Watched
 from traindiag.engine.diagnostics import Diagnostics, Optimizers
 from traindiag.engine.settings import Settings
 from traindiag.monitors.monitor import Monitor
+from traindiag.monitors.wiring import WiringMonitor
 from traindiag.panels.preflight import print_preflight
 from traindiag.record.frame import Frame, Reading
 from traindiag.record.preflight import Cost, Finding, Preflight
@@ -103,7 +104,11 @@ def preflight(
     compute = loss or (_training_step if _is_lightning(model) else _usual_loss)
     classes = _Classes()
     settings = Settings(
-        monitors=[classes], default_rules=False, every_n_steps=_CADENCE, max_overhead=None, terminal=False
+        monitors=[classes, _SampledWiring()],
+        default_rules=False,
+        every_n_steps=_CADENCE,
+        max_overhead=None,
+        terminal=False,
     )
     with untouched([model], optimizers):
         notes = _make_ready(model, optimizers)
@@ -367,6 +372,12 @@ class _Backward:
         squares = self._squares.get(block, [])
         count = sum(n for _, n in squares)
         return sum(float(s) for s, _ in squares) / count if count else 0.0
+
+
+class _SampledWiring(WiringMonitor):
+    """Looks in samples alone: a fault is what all of them show, and other steps tell the time of one without."""
+
+    early = False
 
 
 # -- what it found -------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 BURST_LENGTH = 20
 BURST_SPACING = 500
 _MAX_STRETCH = 64
+EARLY = (0, 1, 9, 99)
+"""Steps that count for what is wrong from the start, or right for good: the 1st, 2nd, 10th and 100th one."""
 
 
 class Schedule:
@@ -47,6 +49,15 @@ class Schedule:
     def due(self, step: int) -> bool:
         """Whether ``step`` is sampled on the slow lane."""
         return step % self.cadence == 0 or self._burst_from <= step < self._burst_from + BURST_LENGTH
+
+    def early(self, step: int) -> bool:
+        """Whether ``step`` is one of the first ones at which monitors that ask for it look, sampled or not.
+
+        Example:
+            >>> [step for step in range(200) if Schedule(every=10).early(step)]
+            [0, 1, 9, 99]
+        """
+        return step in EARLY
 
     def open_burst(self, step: int) -> bool:
         """Samples every step from ``step`` on for a while, at most once in 500 steps."""

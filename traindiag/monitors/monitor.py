@@ -30,6 +30,8 @@ class Monitor(ABC):
     signals: tuple[Signal, ...]
     costly: ClassVar[bool] = False
     """On the fast lane: left to the samples where measuring every step takes more than half of the budget."""
+    early: ClassVar[bool] = False
+    """On the slow lane: measured in a few of the first steps too, whatever the cadence, and alone in them."""
 
     def taps(self) -> Sequence[Tap]:
         """Where in the forward pass it wants to look."""
@@ -48,6 +50,15 @@ class Monitor(ABC):
             optimizer: Its name in :class:`Watched`.
             applied: True where they are seen only as the optimizer uses them, after any clipping.
             scale: What they are still multiplied by (a loss scale that the optimizer removes itself).
+        """
+
+    def applied(self, optimizer: str, *, scale: Tensor | float | None = None) -> None:
+        """Gradients that :meth:`gradients` has shown before any clipping are now as ``optimizer`` is about to use
+        them. Told in sampled steps; of several calls before :meth:`updated` the last one holds.
+
+        Args:
+            optimizer: Its name in :class:`Watched`.
+            scale: What they are still multiplied by.
         """
 
     def before_update(self, optimizer: str, update: Update) -> None:

@@ -35,6 +35,9 @@ the learning rate was above 0; those in which some sampled scalar changed."""
 class WiringMonitor(Monitor):
     """``wiring/ungraded``, ``unchanged``, ``frozen_changed``, ``owners`` and ``replicas_differ``.
 
+    They are looked at in the 1st, 2nd, 10th and 100th step too, whatever the cadence: most faults of wiring are there
+    from the start.
+
     All but ``owners`` (a count) are flags, 1 where the name holds and 0 where it does not. They are told as they are;
     what a rule has to make of them:
 
@@ -46,7 +49,7 @@ class WiringMonitor(Monitor):
       bfloat16 weights under a small learning rate, or the first steps of a warm-up.
     - A gradient that is rounding error moves its tensor (a key bias without rotary embedding), so it raises nothing
       here.
-    - ``frozen_changed`` compares with the sample before, so it is seen from the second sample on. A teacher or target
+    - ``frozen_changed`` compares with the time before, so it is seen from the second time on. A teacher or target
       network that is an average of the student is frozen and changes by design, at every sample; a frozen backbone
       that changes is a fault. A tensor that was thawed in between is not judged.
     - ``owners`` should be 1. A tensor that asks for a gradient and belongs to no optimizer has 0: forgotten, or left
@@ -59,6 +62,7 @@ class WiringMonitor(Monitor):
     name = "wiring"
     family = "wiring"
     lane = "slow"
+    early = True
     signals = tuple(
         BY_NAME[f"wiring/{n}"] for n in ("ungraded", "unchanged", "frozen_changed", "owners", "replicas_differ")
     )

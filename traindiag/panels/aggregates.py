@@ -17,7 +17,8 @@ FAST_EVERY = 50
 
 _MEDIAN = ("attention/max_logit", "attention/entropy")  # the worst head alone tells no outlier from a common drift
 _FEW_CELLS = ((), ("optimizer",), ("site",))
-_LOG_ONLY = ("gradient/parameter_norm", "optimizer/parameter_norm")  # of many norms that of the largest tensor wins
+_LOG_ONLY = ("gradient/block_norm", "gradient/parameter_norm", "optimizer/parameter_norm")
+"""Of many norms that of the largest tensor wins."""
 _FLAGS = "wiring"  # right or wrong: nothing that a curve would show
 _THEIRS = "logged"  # numbers that the loop logs itself stand in its loggers already
 
@@ -45,14 +46,14 @@ class Aggregates:
     def update(self, frame: Frame) -> dict[str, float]:
         """Takes a frame in and returns the points that are due at its step; often none for a fast one."""
         points: dict[str, float] = {}
-        if frame.lane == "slow":
+        if frame.sampled:
             if self._fast.step == frame.step:  # its fast frame may come before it or after it
                 points = self._close_interval()
             self._due = self._point != frame.step
             for reading in frame.readings.values():
                 if _shown(reading.signal):
                     points |= _slow_points(reading)
-        else:
+        elif frame.lane == "fast":
             self._fast.take(frame)
             if self._due or frame.step - self._point >= FAST_EVERY:
                 points = self._close_interval()

@@ -82,7 +82,7 @@ class TensorBoardPanels:
             The aggregates written, for loggers other than TensorBoard; often empty for a fast frame.
         """
         points = self._aggregates.update(frame)
-        if frame.lane == "slow" and frame.step > self._alert_step:
+        if frame.sampled and frame.step > self._alert_step:
             points[SEVERITY] = self._severity()
         due = self._log.frame(frame)
         self._write([*due, *_scalars(frame.step, points)], frame.time or None)

@@ -72,12 +72,22 @@ SIGNALS: tuple[Signal, ...] = (
     Signal(
         "gradient/norm_applied",
         ("optimizer",),
-        "global gradient norm as the optimizer used it, after any clipping",
+        "global gradient norm as the optimizer used it, after any clipping; at samples only where norm is there too",
         formula="sqrt(sum over parameters of |g|^2)",
         lane="fast",
         clock="fast",
         positive=True,
-        source="what is left where the loop does not show gradients before clipping",
+        source="what clipping leaves of norm; alone where the loop does not show gradients before clipping",
+    ),
+    Signal(
+        "gradient/block_norm",
+        ("optimizer", "block"),
+        "gradient norm of one block before clipping; embeddings, head and the like have cells of their own",
+        formula="sqrt(sum over the parameters of a block of |g|^2)",
+        lane="fast",
+        clock="fast",
+        positive=True,
+        source="vanishing and exploding gradients go with depth: OLMo 2, arXiv 2501.00656 section 3",
     ),
     Signal(
         "gradient/parameter_norm",
@@ -304,7 +314,7 @@ SIGNALS: tuple[Signal, ...] = (
     Signal(
         "wiring/frozen_changed",
         ("parameter",),
-        "1 where a frozen tensor is not what it was at the sample before",
+        "1 where a frozen tensor is not what it was when it was last looked at",
         formula="[bits differ]",
         source=_TRAINCHECK,
     ),

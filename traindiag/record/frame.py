@@ -90,6 +90,7 @@ class Frame:
         updates: Updates done so far, by optimizer.
         learning_rates: By optimizer.
         segment: 0 for the first job of a run, one more after every resume.
+        early: On the slow lane: no sample, only what is looked at in the first steps whatever the cadence.
     """
 
     step: int
@@ -101,3 +102,9 @@ class Frame:
     updates: Mapping[str, int] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     segment: int = 0
+    early: bool = False
+
+    @property
+    def sampled(self) -> bool:
+        """Whether this is what a sample has shown."""
+        return self.lane == "slow" and not self.early

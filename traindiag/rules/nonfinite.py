@@ -49,7 +49,7 @@ class NonFinite(Rule):
         self._last_slow: int | None = None
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
-        if frame.lane == "slow":
+        if frame.sampled:
             self._last_slow = frame.step
         bad = {}
         for name, reading in frame.readings.items():

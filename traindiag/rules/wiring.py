@@ -16,8 +16,8 @@ from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import names_of
 
 FIRST_SAMPLES = 3
-"""Samples in a row, from the first one on: a branch that is used now and then, a first step of a warm-up with a
-learning rate of 0, or a zero that moves one sample later is no fault."""
+"""Looks in a row, from the first one on, early steps among them: a branch that is used now and then, a first step of
+a warm-up with a learning rate of 0, or a zero that moves one look later is no fault."""
 
 
 class Wiring(Rule):
@@ -160,7 +160,7 @@ class Ungraded(Wiring):
 class Unchanged(Wiring):
     """A tensor has a gradient and has not moved in any sample so far: rounding, or a learning rate of 0.
 
-    Where ``optimizer/update_rms`` is there too, a tensor with a learning rate of 0 is seen. Tensors that are
+    In samples that hold ``optimizer/update_rms`` too, a tensor with a learning rate of 0 is seen. Tensors that are
     structural zeros are left out.
     """
 
@@ -179,7 +179,13 @@ class Unchanged(Wiring):
         self._alive.look(frame)
         update, zeros = (frame.readings.get(n) for n in ("optimizer/update_rms", "gradient/zero_fraction"))
         if update is None or zeros is None:
-            return super()._look(frame)
+            looked = super()._look(frame)
+            if looked is None or not looked[2].any():
+                return looked
+            values, seen, flagged = looked
+            assert self._table.cells is not None
+            awake = self._alive.among(frame, self._table.cells)
+            return values, seen & (awake | ~flagged), flagged & awake
         values, seen = self._table.align(update)
         still = seen & (values == 0)
         if not still.any():
