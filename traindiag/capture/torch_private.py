@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,42 @@ def compiled_objects() -> tuple[list[nn.Module], bool]:
     made_by = [c for c in eval_frame._TorchDynamoContext.__call__.__code__.co_consts if isinstance(c, CodeType)]
     found = gc.get_referrers(wrapper, *made_by)  # much faster than looking at every object
     return [o for o in found if type(o) is wrapper], any(type(o) is FunctionType for o in found)
+
+
+AroundFunction = Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
+
+
+def around_functions(around: AroundFunction) -> Callable[[], None]:
+    """Has every autograd function called through ``around``, wherever its ``apply`` was taken from before.
+
+    ``Function.apply`` ends in a look-up in its bases, which finds this one first. Graphs of compiled code are not
+    touched: Dynamo does not look there.
+
+    Args:
+        around: Takes the class, the arguments and what to call with them.
+
+    Returns:
+        A function that takes it back.
+    """
+    base: Any = torch.autograd.function._SingleLevelFunction
+    before = vars(base).get("apply")
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        run = super(base, cls).apply if before is None else before.__get__(None, cls)
+        return around(cls, args, kwargs, run)
+
+    ours: Any = classmethod(apply)
+    base.apply = ours
+
+    def restore() -> None:
+        if vars(base).get("apply") is not ours:
+            return  # somebody has put another one around it
+        if before is None:
+            del base.apply
+        else:
+            base.apply = before
+
+    return restore
 
 
 def without_modes() -> AbstractContextManager[None]:
