@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Thread
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.capture.test_losses import Sample, assert_numbers, truth
 from tests.capture.test_window import installed
+from traindiag.capture.names import watch
+from traindiag.capture.taps import LossTap
+from traindiag.capture.window import Capture
 from traindiag.engine.diagnostics import Diagnostics
 from traindiag.functional.output import choose_tokens
 from traindiag.monitors.output import OutputMonitor
@@ -381,6 +385,39 @@ def test_not_a_bit_changes() -> None:
         assert torch.equal(without, with_window)
 
 
+def test_two_windows_close_in_any_order() -> None:
+    nets, sites = [Net(), Net()], []
+    windows = []
+    for i, net in enumerate(nets):
+        window = Capture()
+        watched = watch(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        window.prepare(watched, [LossTap(lambda call, i=i: sites.append((i, call.site)))])
+        window.open()
+        windows.append(window)
+
+    def step() -> None:
+        for net in nets:
+            fused_loss(net(IDS), net.head.weight, Y)
+
+    step()
+    windows[0].close()
+    step()
+    windows[1].close()
+    step()
+    assert sites == [(0, "step"), (1, "step"), (1, "step")]
+
+
+def test_another_thread_is_left_alone() -> None:
+    net = Net()
+
+    def step() -> None:
+        thread = Thread(target=lambda: fused_loss(net(IDS), net.head.weight, Y))
+        thread.start()
+        thread.join()
+
+    assert Sample(net, step).sites == []
+
+
 def test_a_mistake_of_the_program_raises_as_it_would() -> None:
     net = Net()
     with pytest.raises(IndexError):
@@ -490,6 +527,62 @@ def test_a_model_that_skips_its_head(loss: Callable[..., Tensor], micro_batches:
     assert sample.coverage == (Coverage("output", "exact", (site,), TOLD.format("lm_head")),)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # older ones know no other name
+def test_the_forward_of_its_class_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    patch(model, fused_loss)
+    monkeypatch.setattr(type(model), "forward", model.__dict__.pop("forward").__func__)
+    model.gradient_checkpointing_enable()
+    sample = Sample(model, lambda: model(input_ids=TEXT, labels=LABELS).loss.backward())
+    assert sample.sites == ["LlamaForCausalLM"]
+    assert_numbers(sample, truth(*full(model)), "LlamaForCausalLM")
+
+
+def test_a_model_of_an_encoder_and_a_decoder() -> None:
+    """Its decoder scales what the head is given: only the call itself says by how much."""
+    transformers = pytest.importorskip("transformers")
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    config = transformers.T5Config(
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0,
+    )
+    model, seen = transformers.T5ForConditionalGeneration(config), []
+
+    def patched(loss: Callable[..., Tensor]) -> Any:
+        def forward(self: Any, input_ids: Tensor, labels: Tensor) -> Any:
+            states = self.encoder(input_ids=input_ids).last_hidden_state
+            given = self._shift_right(labels)
+            hidden = self.decoder(input_ids=given, encoder_hidden_states=states).last_hidden_state.flatten(0, 1) / 4
+            seen.append(hidden.detach().double() @ self.lm_head.weight.detach().double().T)
+            return outputs.Seq2SeqLMOutput(loss=loss(hidden, self.lm_head.weight, labels.flatten()))
+
+        return MethodType(forward, model)
+
+    model.forward = patched(fused_loss)
+    sample = Sample(model, lambda: model(input_ids=TEXT, labels=LABELS).loss.backward())
+    assert len(sample.sites) == 1
+    assert_numbers(sample, truth(seen[-1], LABELS.flatten()), sample.sites[0])
+    model.forward = patched(of_a_copy)
+    assert Sample(model, lambda: model(input_ids=TEXT, labels=LABELS).loss.backward()).sites == []
+
+
+def test_evaluation_of_it_does_not_count() -> None:
+    model = llama()
+    patch(model, of_a_copy)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(input_ids=TEXT, labels=LABELS)
+
+    assert Sample(model, step).sites == []
+
+
 def test_the_same_model_as_it_comes_is_one_cell() -> None:
     model = llama()
     sample = Sample(model, lambda: model(input_ids=TEXT, labels=LABELS).loss.backward())
@@ -542,30 +635,29 @@ def test_labels_of_another_shape_are_no_targets() -> None:
     assert [row.reason for row in sample.coverage] == [reason]
 
 
-@pytest.mark.parametrize("change", ["sharded", "other type"])
-def test_a_head_whose_weight_is_elsewhere_is_told(change: str) -> None:
-    class Other(Tensor):
-        pass
+class Other(Tensor):
+    pass
 
+
+OTHER = nn.Parameter(torch.zeros(50, 16).as_subclass(Other))
+
+
+@pytest.mark.parametrize(
+    ("weight", "why"),
+    [
+        (nn.Parameter(torch.zeros(3)), "the weight of lm_head is not whole here"),
+        (OTHER, f"tensors of type {type(OTHER).__name__} are not looked into"),
+    ],
+)
+def test_a_head_whose_weight_is_elsewhere_is_told(weight: nn.Parameter, why: str) -> None:
+    """As where it is sharded."""
     model = llama()
-    weight = model.lm_head.weight
-    patch(model, lambda h, _, y: fused_loss(h, weight.clone(), y))
-
-    def step() -> None:
-        other = weight.data.flatten()[:3] if change == "sharded" else weight.data.as_subclass(Other)
-        model.lm_head.weight = nn.Parameter(other)
-        model(input_ids=TEXT, labels=LABELS)
-
-    (row,) = Sample(model, step).coverage
-    assert (row.sight, row.places) == ("unseen", ("LlamaForCausalLM",))
-    assert (
-        row.reason
-        == {
-            "sharded": "logits are never built, and the weight of lm_head is not whole here",
-            "other type": f"logits are never built, and tensors of type {type(model.lm_head.weight).__name__} are not "
-            "looked into",
-        }[change]
-    )
+    true = model.lm_head.weight
+    patch(model, lambda h, _, y: fused_loss(h, true, y))
+    model.lm_head.weight = weight
+    sample = Sample(model, lambda: model(input_ids=TEXT, labels=LABELS))
+    reason = f"logits are never built, and {why}"
+    assert sample.coverage == (Coverage("output", "unseen", ("LlamaForCausalLM",), reason),)
 
 
 def test_a_model_without_a_head_is_told() -> None:
@@ -606,6 +698,38 @@ def test_loops(attached: bool) -> None:
     assert patched == [True, False] * 2
     assert [str(c) for c in series.cells] == ["train"]
     assert series.values[:, 0].tolist() == pytest.approx([expected[0], expected[2]], rel=1e-4)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("loss", [fused_loss, of_a_copy])
+def test_loops_of_a_model_that_skips_its_head(attached: bool, loss: Callable[..., Tensor]) -> None:
+    model = llama()
+    patch(model, loss)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options: dict[str, Any] = {"every_n_steps": 2, "terminal": False, "strict": True, "max_overhead": None}
+    diagnostics = (Diagnostics.attach if attached else Diagnostics)(model, optimizer, **options)
+    expected, hooks = [], []
+
+    def train() -> None:
+        logits, targets = full(model)
+        expected.append(logits[targets != -100].logsumexp(-1).mean().item())
+        model(input_ids=TEXT, labels=LABELS).loss.backward()
+        hooks.append(len(model._forward_hooks))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(4):
+        if attached:
+            train()
+        else:
+            with diagnostics.step():
+                train()
+    diagnostics.finish()
+    series = diagnostics.history["output/log_z"]
+    assert len(series.cells) == 1
+    assert series.values[:, 0].tolist() == pytest.approx([expected[0], expected[2]], rel=1e-4)
+    assert [c.reason for c in diagnostics.coverage if c.family == "output"] == [TOLD.format("lm_head")]
+    assert hooks[0] == hooks[1] + 1 == hooks[2] == hooks[3] + 1  # none of ours where nothing is sampled
 
 
 # -- beside compiled code: last, because some of it outlives its test --------------------------------

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -116,6 +117,9 @@ def compiled_objects() -> tuple[list[nn.Module], bool]:
 
 AroundFunction = Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
 
+_AROUND: list[AroundFunction] = []
+"""Everyone who looks at calls of autograd functions now; two windows may be open and close in any order."""
+
 
 def around_functions(around: AroundFunction) -> Callable[[], None]:
     """Has every autograd function called through ``around``, wherever its ``apply`` was taken from before.
@@ -130,24 +134,30 @@ def around_functions(around: AroundFunction) -> Callable[[], None]:
         A function that takes it back.
     """
     base: Any = torch.autograd.function._SingleLevelFunction
-    before = vars(base).get("apply")
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        run = super(base, cls).apply if before is None else before.__get__(None, cls)
-        return around(cls, args, kwargs, run)
-
-    ours: Any = classmethod(apply)
-    base.apply = ours
+    _AROUND.append(around)
+    if len(_AROUND) == 1:
+        base.apply = _APPLY
 
     def restore() -> None:
-        if vars(base).get("apply") is not ours:
-            return  # somebody has put another one around it
-        if before is None:
+        _AROUND.remove(around)
+        if not _AROUND and vars(base).get("apply") is _APPLY:  # else somebody has put another one around it
             del base.apply
-        else:
-            base.apply = before
 
     return restore
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    run = super(torch.autograd.function._SingleLevelFunction, cls).apply
+    for around in tuple(_AROUND):
+        run = partial(_through, around, cls, run)
+    return run(*args, **kwargs)
+
+
+def _through(around: AroundFunction, cls: type, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return around(cls, args, kwargs, run)
+
+
+_APPLY: Any = classmethod(_apply)
 
 
 def without_modes() -> AbstractContextManager[None]:
