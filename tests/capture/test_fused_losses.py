@@ -660,6 +660,20 @@ def test_a_head_whose_weight_is_elsewhere_is_told(weight: nn.Parameter, why: str
     assert sample.coverage == (Coverage("output", "unseen", ("LlamaForCausalLM",), reason),)
 
 
+def test_logits_that_are_built_are_not_computed_again() -> None:
+    """The head is called, and the loss is somebody's kernel."""
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    model = llama()
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+        return outputs.CausalLMOutputWithPast(loss=logits.logsumexp(-1).mean(), logits=logits)
+
+    model.forward = MethodType(forward, model)
+    assert Sample(model, lambda: model(input_ids=TEXT, labels=LABELS)).sites == []
+    assert Sample(model, lambda: model(input_ids=TEXT, labels=LABELS), head="lm_head").sites == ["lm_head"]
+
+
 def test_a_model_without_a_head_is_told() -> None:
     body = llama().model
     sample = Sample(body, lambda: fused_loss(body(TEXT).last_hidden_state[:, 0], torch.randn(50, 16), TEXT[:, 0]))
@@ -762,3 +776,14 @@ def test_beside_a_compiled_loss() -> None:
     sample = Sample(model, lambda: model(input_ids=TEXT, labels=LABELS).loss.backward())
     assert sample.sites == ["LlamaForCausalLM"]
     assert_numbers(sample, truth(*full(model)), "LlamaForCausalLM")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:.*should not be instantiated")  # torch itself
+def test_a_compiled_model_is_looked_at_in_its_second_pass() -> None:
+    torch._dynamo.reset()
+    model = llama()
+    patch(model, fused_loss)
+    compiled = torch.compile(model, backend="aot_eager")
+    sample = Sample(model, lambda: compiled(input_ids=TEXT, labels=LABELS).loss.backward())
+    assert len(sample.sites) == 1
+    assert_numbers(sample, truth(*full(model)), sample.sites[0])
