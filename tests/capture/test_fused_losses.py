@@ -140,8 +140,9 @@ def test_a_plain_model(call: Callable[..., Tensor], biased: bool, targets: Tenso
     assert sample.coverage == (Coverage("output", "exact", ("step",), TOLD.format("head")),)
 
 
-def test_other_arguments_are_told_apart_by_name() -> None:
-    net = Net(biased=True)
+@pytest.mark.parametrize("biased", [False, True])
+def test_other_arguments_are_told_apart_by_name(biased: bool) -> None:
+    net = Net(biased)
     with torch.no_grad():
         net.head.weight.mul_(5)
     targets = Y.clone().index_fill(0, torch.arange(0, 24, 3), 3)

@@ -144,9 +144,9 @@ def choose_tokens(
 
     Example:
         >>> targets = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
-        >>> rows, of_rows = choose_tokens(torch.ones(2, 3, 4), targets, tokens=3)
+        >>> rows, of_rows = choose_tokens(torch.ones(2, 3, 4), targets, tokens=4)
         >>> rows.shape, of_rows.tolist()
-        (torch.Size([3, 4]), [5, 6, 7])
+        (torch.Size([4, 4]), [5, 6, 7, -100])
     """
     _check(hidden, targets)
     with torch.no_grad():
