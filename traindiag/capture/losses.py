@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from traindiag.capture import torch_private
+from traindiag.capture.fused import HeadOf, NotRead, loss_of, read_function
 from traindiag.capture.taps import LossCall
 
 _LINEAR = getattr(F, "linear_cross_entropy", None)
@@ -54,9 +55,11 @@ class Losses:
     """
 
     def __init__(self, tell: Told, refuse: Refused) -> None:
-        self._tell, self._refuse = tell, refuse
+        self._told_by, self._refused_by = tell, refuse
         self._numbers: dict[str, dict[tuple[CodeType, int] | None, int]] = {}
         self._log_softmaxes: list[_LogSoftmax] = []
+        self._held: list[tuple[str, str]] | None = None
+        self.told = 0
 
     def forget(self) -> None:
         """Lets go of logits that no loss has asked for: backward is about to need the memory."""
@@ -81,6 +84,8 @@ class Losses:
             trains: Whether the call is known to stand for one that trains, although gradients are off in it.
         """
         output = function(*args, **kwargs)
+        if self._held is not None and not torch.is_grad_enabled():
+            return output  # a piece of what an autograd function computes, which counts as a whole
         if not isinstance(output, Tensor) or not (trains or _trains(output)):
             return output
         if function in _LOG_SOFTMAX:
@@ -96,6 +101,74 @@ class Losses:
             with torch.no_grad():
                 self._tell(call)
         return output
+
+    def run_function(
+        self,
+        place: Place,
+        function: type,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        apply: Callable[..., Any],
+        head_of: HeadOf,
+        *,
+        trains: bool = False,
+    ) -> Any:
+        """Calls an autograd function unchanged and looks whether it is a loss that never builds logits.
+
+        A loss that was seen inside of it, as where its pieces are computed by torch's cross-entropy, counts instead.
+
+        Args:
+            place: Where it is called.
+            function: Its class.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            apply: What to call.
+            head_of: Name of the module whose weight a tensor is, or None.
+            trains: Whether the call is known to stand for one that trains, although gradients are off in it.
+        """
+        before, outer, self._held = self.told, self._held, []
+        try:
+            output = apply(*args, **kwargs)
+        finally:
+            held, self._held = self._held, outer
+        loss = loss_of(output)
+        found = False
+        if loss is not None and self.told == before and (trains or _trains(loss)):
+            with torch_private.without_modes(), torch.no_grad():
+                found = self._look_at_function(place, function, args, kwargs, loss, head_of)
+        for site, reason in () if found else held or ():
+            self._refuse(site, reason)
+        return output
+
+    def _look_at_function(
+        self,
+        place: Place,
+        function: type,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Tensor,
+        head_of: HeadOf,
+    ) -> bool:
+        try:
+            call = read_function("", function, args, kwargs, loss, head_of)
+        except NotRead as why:
+            self._refuse(self._site(place), str(why))
+            return True
+        except Exception:  # a surprise in our reading of somebody's function, which may well be no loss
+            return False
+        if call is not None:
+            self._tell(replace(call, site=self._site(place)))
+        return call is not None
+
+    def _tell(self, call: LossCall) -> None:
+        self.told += 1
+        self._told_by(call)
+
+    def _refuse(self, site: str, reason: str) -> None:
+        if self._held is None:
+            self._refused_by(site, reason)
+        else:
+            self._held.append((site, reason))
 
     def _site(self, place: Place) -> str:
         running = [(code, at) for code, at in torch_private.running_code(_NOT_THE_PROGRAM) if _is_named(code)]
@@ -176,7 +249,7 @@ class _LogSoftmax:
         return self.logits.as_strided(told.shape, told.stride(), offset)
 
 
-def _call(site: str, target: Tensor, given: Mapping[str, Any], **found: Tensor | None) -> LossCall:
+def _call(site: str, target: Tensor, given: Mapping[str, Any], **found: Any) -> LossCall:
     ignore_index = given.get("ignore_index")
     return LossCall(
         site,

@@ -76,16 +76,20 @@ class ModuleTap:
 class LossCall:
     """One call of cross-entropy that trains, or the output of a named head. Everything is detached; keep none of it.
 
-    Either ``logits`` are there, or ``hidden`` and ``weight`` of a loss that never builds them.
+    Either ``logits`` are there, or ``hidden`` and ``weight`` of a loss that never builds them: they would be
+    ``hidden @ weight.T + bias``, times ``scale``, and ``softcap * tanh(. / softcap)`` of that.
 
     Args:
         site: Innermost watched module that made the call, or the function of the program that did.
         logits: ``[..., classes]``, a view of what was passed.
         targets: Class indices ``[...]``; None for class probabilities, and where only the head is seen.
         ignore_index: Tokens with this target do not count.
-        hidden: ``[n, features]``.
+        hidden: ``[..., features]``.
         weight: ``[classes, features]``.
         bias: ``[classes]`` or None.
+        head: Name of the module whose weight it is, where the loss was recognised by it.
+        scale: A factor.
+        softcap: A bound, or None.
     """
 
     site: str
@@ -95,6 +99,9 @@ class LossCall:
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    head: str = ""
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,12 @@ class LossTap:
     Args:
         observe: What is called.
         head: Name of the watched module whose output are the logits; None to look at cross-entropy calls.
+        tokens: Number of tokens that are looked at in a call, at most.
     """
 
     observe: Callable[[LossCall], None]
     head: str | None = None
+    tokens: int = 128
 
 
 Tap = AttentionTap | ModuleTap | LossTap

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ from traindiag.capture.attention import (
     multi_head_arguments,
     run,
 )
+from traindiag.capture.causal_models import CausalModels
 from traindiag.capture.coverage import (
     COMPILED,
     SHADOW,
@@ -40,6 +41,7 @@ from traindiag.capture.coverage import (
     module_coverage,
     output_coverage,
 )
+from traindiag.capture.fused import is_of_the_program, is_weight_of
 from traindiag.capture.losses import BACKWARD, LOSS_FUNCTIONS, Losses, Place
 from traindiag.capture.outputs import activation_of, features_last
 from traindiag.capture.shadow import intercept, run_again
@@ -48,6 +50,7 @@ from traindiag.capture.watched import Watched
 from traindiag.record.coverage import Coverage, Sight
 
 _NO_TARGETS = "no target z-score, because targets are class probabilities"
+_UNKNOWN = "no target z-score, because targets are not known"
 _ONLY_HEAD = "no target z-score, because only the output of the head is looked at"
 
 
@@ -89,6 +92,8 @@ class Capture:
         self._module_taps: dict[int, tuple[str, list[ModuleTap]]] = {}
         self._loss_taps: tuple[LossTap, ...] = ()
         self._head_taps: dict[int, list[LossTap]] = {}
+        self._causal_models = CausalModels({})
+        self._called_heads: set[int] = set()
         self._watched: Watched | None = None
         self._names: dict[int, str] = {}
         self._closed_modules: set[int] | None = None
@@ -132,6 +137,7 @@ class Capture:
         for loss_tap in losses:
             if loss_tap.head is not None and loss_tap.head in watched.modules:
                 self._head_taps.setdefault(id(watched.modules[loss_tap.head]), []).append(loss_tap)
+        self._causal_models = CausalModels(watched.modules if losses else {})
         self._losses = Losses(self._tell_loss, self._refuse_loss)
         self._seen_losses.clear()
         self._refused_losses.clear()
@@ -211,6 +217,13 @@ class Capture:
                     module.register_forward_hook(self._after_call, always_call=True),
                 ]
             self._restore = [intercept(m, partial(self._before_compiled, m)) for m in self._shadowed]
+        if self._loss_taps or self._head_taps:
+            self._restore.append(torch_private.around_functions(self._call_function))
+            self._handles += [
+                m.register_forward_hook(self._after_causal_model, with_kwargs=True)
+                for m in self._causal_models.models
+                if self._in_eager_code(m)
+            ]
         if inside is not None and self._in_eager_code(inside):
             self._enter(inside)
         self._set_mode()
@@ -220,7 +233,7 @@ class Capture:
         if not self._open:
             return
         self._paused = True
-        self._losses.forget()
+        self._forget()
         self._set_mode()
 
     def resume(self) -> None:
@@ -242,7 +255,7 @@ class Capture:
             restore()
         self._handles, self._restore = [], []
         self._stack.clear()
-        self._losses.forget()
+        self._forget()
         self._set_mode()
 
     # -- which modules run ---------------------------------------------------------------------
@@ -257,6 +270,12 @@ class Capture:
             with self._border:
                 self._leave(module, output)
 
+    def _forget(self) -> None:
+        """Lets go of what the losses of a forward pass would have needed."""
+        self._losses.forget()
+        self._causal_models.forget()
+        self._called_heads.clear()
+
     def _enter(self, module: nn.Module) -> None:
         if self._looks_away():
             return
@@ -269,6 +288,8 @@ class Capture:
         else:
             checkpointed = (outer is not None and outer.checkpointed) or torch_private.in_reentrant_checkpoint()
             trains = checkpointed and (outer is None or outer.trains)
+        if name is not None and trains:
+            self._causal_models.enter(module, self._losses.told)
         if name is not None:
             self._order.setdefault(name)
         elif transparent:
@@ -297,6 +318,8 @@ class Capture:
             trains = self._stack[at].trains
             if id(module) in self._head_taps:
                 self._look_at_head(self._stack[at], output)
+            if trains:
+                self._causal_models.leave_part(module, output)
             del self._stack[at:]
             self._set_mode()
             if trains and id(module) in self._module_taps:
@@ -335,7 +358,7 @@ class Capture:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if function in BACKWARD:
-            self._losses.forget()
+            self._forget()
         if self._loss_taps and function in LOSS_FUNCTIONS and not self._looks_away():
             return self._losses.run(self._place(), function, args, kwargs, trains=self._in_shadow)
         if not (multi_head or function in WATCHED_FUNCTIONS):
@@ -354,6 +377,18 @@ class Capture:
             top.site.heads, top.site.query_scale = None, 1.0
             top.site.products.clear()
             top.site.skip_product = False
+
+    def _call_function(
+        self, function: type, args: tuple[Any, ...], kwargs: dict[str, Any], apply: Callable[..., Any]
+    ) -> Any:
+        if torch.compiler.is_compiling() or self._looks_away() or not is_of_the_program(function):
+            return apply(*args, **kwargs)
+        top = self._stack[-1] if self._stack else None
+        if top is not None and (top.name is None or not top.trains):
+            return apply(*args, **kwargs)
+        return self._losses.run_function(
+            self._place(), function, args, kwargs, apply, self._head_of, trains=self._in_shadow
+        )
 
     @contextmanager
     def _replaced(self) -> Iterator[None]:
@@ -422,15 +457,54 @@ class Capture:
         if not isinstance(output, Tensor) or not torch_private.is_plain(output) or not output.is_floating_point():
             self._refuse_loss(name, f"expected a tensor of logits as its output, got {type(output).__name__}")
             return
+        self._called_heads.add(id(running.module))
         self._seen_losses.setdefault(name, _ONLY_HEAD)
         for tap in self._head_taps[id(running.module)]:
             with torch.no_grad():
                 tap.observe(LossCall(name, output.detach()))
 
     def _tell_loss(self, call: LossCall) -> None:
-        self._seen_losses.setdefault(call.site, _NO_TARGETS if call.targets is None else "")
+        missing = _NO_TARGETS if call.targets is None else ""
+        if call.head:
+            missing = f"logits are never built: up to {self._tokens} sampled tokens times {call.head}"
+            missing += "" if call.targets is not None else f"; {_UNKNOWN}"
+        if self._loss_taps:
+            self._seen_losses.setdefault(call.site, missing)
         for tap in self._loss_taps:
             tap.observe(call)
+        for head, taps in self._head_taps.items():
+            if call.head == self._names[head] and head not in self._called_heads:
+                self._seen_losses.setdefault(call.head, missing)
+                for tap in taps:
+                    tap.observe(replace(call, site=call.head))
+
+    @property
+    def _tokens(self) -> int:
+        """The most that anybody wants to see of a call."""
+        return max(tap.tokens for taps in (self._loss_taps, *self._head_taps.values()) for tap in taps)
+
+    def _head_of(self, weight: Tensor) -> str | None:
+        """A head by name before any other, and a layer before the embedding that it shares its weight with."""
+        modules = {} if self._watched is None else self._watched.modules
+        found = [n for n, m in modules.items() if is_weight_of(m, weight)]
+        by_name = [n for n in found if id(modules[n]) in self._head_taps]
+        heads = [n for n in found if n in self._causal_models.heads]
+        layers = [n for kind in (nn.Linear, nn.Embedding) for n in found if isinstance(modules[n], kind)]
+        return next(iter((*by_name, *heads, *layers)), None)
+
+    def _after_causal_model(self, module: nn.Module, _: object, kwargs: dict[str, Any], output: object) -> None:
+        """A hook of its own: only such one gets keyword arguments without leaving something behind."""
+        if torch.compiler.is_compiling() or self._looks_away():
+            return
+        with self._border, torch_private.without_modes(), torch.no_grad():
+            found = self._causal_models.leave(module, kwargs, output, self._losses.told, tokens=self._tokens)
+            if found is None:
+                return
+            model, head, call = found
+            if isinstance(call, LossCall):
+                self._tell_loss(call)
+            else:
+                self._refuse_loss(model if self._loss_taps else head, call)
 
     def _refuse_loss(self, site: str, reason: str) -> None:
         self._refused_losses.setdefault(site, reason)

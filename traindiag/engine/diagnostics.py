@@ -163,6 +163,8 @@ class Diagnostics:
     def history(self) -> History:
         """Every number measured so far, by signal."""
         self._catch_up()
+        with self.border:
+            self._judge.record()
         return self._judge.history
 
     @property

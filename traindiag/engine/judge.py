@@ -28,7 +28,8 @@ class Judge:
     """
 
     def __init__(self, rules: Sequence[Rule], run_id: str, *, strict: bool, report: Callable[[str], None]) -> None:
-        self._history = History()
+        self.history = History()
+        """Every number recorded so far; :meth:`record` brings it up to date."""
         self._unrecorded: list[Frame] = []
         self._rules = RuleSet(
             rules,
@@ -38,12 +39,6 @@ class Judge:
             ),
         )
         self._book = AlertBook(run_id)
-
-    @property
-    def history(self) -> History:
-        """Every number heard so far."""
-        self._record()
-        return self._history
 
     @property
     def alerts(self) -> list[Alert]:
@@ -59,12 +54,13 @@ class Judge:
         """What there is to tell about ``frame``."""
         self._unrecorded.append(frame)
         if len(self._unrecorded) >= BATCH:
-            self._record()
+            self.record()
         return self._book.update(frame, self._rules.update(frame))
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Records every frame heard so far."""
         frames, self._unrecorded = self._unrecorded, []
-        self._history.append(*frames)
+        self.history.append(*frames)
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self._book.run_id, "rules": self._rules.state_dict(), "alerts": self._book.state_dict()}

@@ -90,6 +90,8 @@ def linear_output_statistics(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     tokens: int = 128,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> OutputStatistics:
     """Statistics of ``hidden @ weight^T + bias``, of which only the tokens looked at are computed.
 
@@ -100,6 +102,8 @@ def linear_output_statistics(
         bias: ``[classes]``, or None.
         ignore_index: As in :func:`output_statistics`.
         tokens: As in :func:`output_statistics`.
+        scale: The logits are these times it.
+        softcap: And then ``softcap * tanh(logits / softcap)``, where it is given.
 
     Raises:
         ValueError: As in :func:`output_statistics`.
@@ -113,10 +117,43 @@ def linear_output_statistics(
 
     def of_tokens(index: Tensor) -> Tensor:
         rows = hidden[_unravel(index, hidden.shape[:-1])].to(weight.dtype)
-        return torch.nn.functional.linear(rows, weight, bias)
+        logits = torch.nn.functional.linear(rows, weight, bias)
+        logits = logits if scale == 1.0 else logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     shape = torch.Size((*hidden.shape[:-1], len(weight)))
     return _statistics(of_tokens, shape, hidden.device, targets, ignore_index, tokens)
+
+
+def choose_tokens(
+    hidden: Tensor, targets: Tensor | None = None, *, ignore_index: int = -100, tokens: int = 128
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and targets of the tokens that :func:`linear_output_statistics` would look at: copies, to keep.
+
+    Args:
+        hidden: ``[..., features]``.
+        targets: As in :func:`output_statistics`.
+        ignore_index: As in :func:`output_statistics`.
+        tokens: As in :func:`output_statistics`.
+
+    Returns:
+        ``[n, features]``, and ``[n]`` or None; what does not count has ``ignore_index`` as its target.
+
+    Raises:
+        ValueError: As in :func:`output_statistics`.
+
+    Example:
+        >>> targets = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
+        >>> rows, of_rows = choose_tokens(torch.ones(2, 3, 4), targets, tokens=4)
+        >>> rows.shape, of_rows.tolist()
+        (torch.Size([4, 4]), [5, 6, 7, -100])
+    """
+    _check(hidden, targets)
+    with torch.no_grad():
+        valid = None if targets is None else targets.flatten() != ignore_index
+        index, counted = _choose(hidden.shape[:-1].numel(), valid, tokens, hidden.device)
+        of_rows = None if targets is None else targets.flatten()[index].where(counted, ignore_index)
+        return hidden[_unravel(index, hidden.shape[:-1])], of_rows
 
 
 def _statistics(

@@ -31,13 +31,14 @@ _UNLESS_RULED_OUT = ("logit_min", "logit_mean", "target_z_score")
 class OutputMonitor(Monitor):
     """``output/log_z`` and its largest absolute value, ``z_loss``, the level of the logits, and ``target_z_score``.
 
-    Logits and targets are those of the cross-entropy calls that train. A call under ``no_grad`` and a loss whose
-    logits need no gradient (a frozen teacher's) do not count. Class probabilities are no targets: there is no target
-    z-score then. Where a model rules classes out with a logit of ``-inf`` and log Z is finite, the smallest and the
-    mean logit and the z-score have no meaning and are left out.
+    Logits and targets are those of the cross-entropy calls that train. Where a fused loss never builds logits, they
+    are computed for the tokens looked at, from the hidden states and the weight that it was given. A call under
+    ``no_grad`` and a loss whose logits need no gradient (a frozen teacher's) do not count. Class probabilities are no
+    targets: there is no target z-score then. Where a model rules classes out with a logit of ``-inf`` and log Z is
+    finite, the smallest and the mean logit and the z-score have no meaning and are left out.
 
     Args:
-        head: Name of the module whose output are the logits, for a model whose loss is no cross-entropy of torch's.
+        head: Name of the module whose output are the logits, for a model whose loss is not recognised.
         tokens: Number of tokens looked at in a call, at most.
 
     Raises:
@@ -66,7 +67,7 @@ class OutputMonitor(Monitor):
             raise ValueError(f"head={self.head!r} is no module that is being trained.{hint}")
 
     def taps(self) -> Sequence[Tap]:
-        return (LossTap(self._observe, self.head),)
+        return (LossTap(self._observe, self.head, self.tokens),)
 
     def _observe(self, call: LossCall) -> None:
         if call.logits is not None:
@@ -79,6 +80,8 @@ class OutputMonitor(Monitor):
                 bias=call.bias,
                 ignore_index=call.ignore_index,
                 tokens=self.tokens,
+                scale=call.scale,
+                softcap=call.softcap,
             )
         else:
             raise ValueError(f"a loss call at {call.site} has neither logits nor hidden and weight")
