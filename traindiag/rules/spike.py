@@ -39,8 +39,8 @@ class Spike(Rule):
     Where the learning rate jumps (:data:`~traindiag.rules.baseline.LR_JUMP`) the past is forgotten, so the next 4
     values are not judged. Values of steps that were taken back by a resumed job never happened.
 
-    On noise without events (independent log-normal of sigma 0.35, or AR(0.9)) it speaks less than once in 10,000
-    values of a cell.
+    On noise without events (log-normal of sigma 0.35, independent or AR(0.9)) it speaks less than twice in 10,000
+    values of a cell for each direction; heavy tails are spikes to it.
 
     Args:
         signal: Name of a signal with positive values.
