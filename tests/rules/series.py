@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,8 @@ from traindiag.record.frame import Frame, Reading
 from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Signal
 from traindiag.rules.rule import Rule, Verdict
+from traindiag.rules.shift import Shift
+from traindiag.rules.trend import Trend
 
 POSITIVE = Signal("user/p", ("place",), "a positive number of the user's own", positive=True)
 
@@ -58,7 +59,7 @@ def judge(
         reading = Reading(signal, cells, series[step].astype(np.float32), seen)
         made = Frame(step, "fast", {signal.name: reading}, run or RunInfo())
         said.verdicts += rule.update(made)
-        now = failing(rule, step)
+        now = failing(rule)
         began = now & ~was
         onsets += began
         first[began & (first < 0)] = step
@@ -66,11 +67,9 @@ def judge(
     return said
 
 
-def failing(rule: Any, step: int) -> NDArray[np.bool_]:
-    """Cells that fail now; a shift is told once, and its cell is then learned anew."""
-    table = rule._table
-    for column in ("active", "side"):
-        if column in table._columns:
-            return np.array(table[column] != 0)
-    told = np.array(table["told"] == step)
-    return told
+def failing(rule: Rule) -> NDArray[np.bool_]:
+    """Cells that fail now. A shift is told once, and its cell, of which nothing is left then, is learned anew."""
+    table = rule._table  # type: ignore[attr-defined]
+    if isinstance(rule, Shift):
+        return np.array(table["count"] == 0)
+    return np.array(table["side" if isinstance(rule, Trend) else "active"] != 0)

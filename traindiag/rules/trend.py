@@ -45,9 +45,10 @@ class Trend(Rule):
 
     NaN, infinity and values not above zero have no logarithm and are left out. Samples begin after the learning
     rate's warm-up, and begin anew where it jumps (:data:`~traindiag.rules.baseline.LR_JUMP`). Intervals in which a
-    resumed job took steps back are emptied.
+    resumed job took steps back are emptied. Growth that sets in is told when it has lasted for some 60 % of the
+    window.
 
-    On series without growth (independent log-normal noise or AR(0.9), of any size) it begins to speak less than once
+    On series without growth (log-normal noise of any size, independent or AR(0.9)) it begins to speak less than once
     in 10,000 steps of a cell for each direction.
 
     Args:
@@ -150,6 +151,7 @@ class Trend(Rule):
         table, turn, width = self._table, self._course.follow(frame), self._width_in(frame.run)
         if turn.back_to is not None:
             self._intervals[(self._intervals + 1) * self._width > turn.back_to] = -1
+            table["side"][:] = table["shown"][:] = 0
         if turn.warming or width != self._width:
             self._width, self._intervals[:] = width, -1
             table["side"][:] = table["shown"][:] = 0
@@ -176,7 +178,8 @@ class Trend(Rule):
 
     def _judge(self, interval: int) -> None:
         table = self._table
-        rows = np.flatnonzero((self._intervals >= 0) & (self._intervals > interval - ROWS))
+        self._intervals[(self._intervals <= interval - ROWS) | (self._intervals > interval)] = -1
+        rows = np.flatnonzero(self._intervals >= 0)
         rows = rows[np.argsort(self._intervals[rows])]
         counts = table["counts"][rows]
         x = (self._intervals[rows] - interval) * self._width / 1000.0
