@@ -68,7 +68,7 @@ def test_cut_anywhere(seed: int) -> None:
     whole = rules()
     unbroken: list[list[Verdict]] = [whole.update(f) for f in series]
     assert len({v.rule for said in unbroken for v in said}) >= 6  # a series that says something
-    assert {"spike", "trend", "shift"} <= {v.kind for said in unbroken for v in said}
+    assert {"trend", "shift"} <= {v.kind for said in unbroken for v in said}
     for cut in range(0, len(series), 3):
         first, second = rules(), rules()
         for f in series[:cut]:
@@ -85,7 +85,8 @@ def test_the_order_of_cells_changes_nothing(seed: int) -> None:
         r = f.readings["user/x"]
         order = np.argsort([str(c) for c in r.cells], kind="stable")
         cells = Cells(r.cells.axes, tuple(r.cells.coordinates[i] for i in order))
-        same = frame(f.step, type(r)(r.signal, cells, r.values[order], r.seen[order]))
+        turned_back = type(r)(r.signal, cells, r.values[order], r.seen[order])
+        same = frame(f.step, turned_back, learning_rates=f.learning_rates)
         a, b = turned.update(f), straight.update(same)
         assert [(v.rule, v.active, v.severity, v.others) for v in a] == [
             (v.rule, v.active, v.severity, v.others) for v in b
