@@ -49,7 +49,9 @@ def test_jumps_of_the_rate() -> None:
 
 def test_a_resume_is_no_turn_and_steps_taken_back_are_told() -> None:
     made = Course()
-    told = [made.follow(frame(step, segment=s)).back_to for step, s in [(0, 0), (1, 0), (2, 1), (3, 1), (2, 2), (2, 3)]]
+    told = [
+        made.follow(frame(step, segment=s)).back_to for step, s in [(0, 0), (1, 0), (2, 1), (3, 1), (2, 2), (2, 3)]
+    ]
     assert told == [None, None, None, None, 2, 2]
 
 

@@ -100,6 +100,12 @@ def test_a_collapse_to_zero_is_told_within_four_values(signal: Signal) -> None:
     assert said[103].value == 0.0
 
 
+def test_zeros_are_never_the_level() -> None:
+    rule = Shift("user/p", direction="both")
+    assert not any(feed(rule, [0.0] * 100, POSITIVE))
+    assert rule._table["count"].tolist() == [0]
+
+
 def test_a_flat_history_then_a_jump() -> None:
     for level in (0.0, 1.0, -3.0):
         said = feed(Shift("user/x", direction="both"), [level] * 200 + [level + 1.0] * 30)
@@ -138,6 +144,10 @@ def test_the_baseline_begins_after_warm_up_and_anew_where_the_rate_jumps() -> No
     warm, typical = rng.normal(1, 0.1, 100).tolist(), rng.normal(5, 0.1, 300).tolist()
     assert active_at(feed(Shift("user/x"), warm + typical))
     assert not any(feed(Shift("user/x"), warm + typical, run=RunInfo(warmup=100)))
+    rule = Shift("user/x")
+    for i in range(120):
+        rule.update(frame(i, reading([warm[0]]), run=RunInfo(warmup=100)))
+    assert rule._table["count"].tolist() == [20]
     for rate, expected in ((1.0, True), (0.5, False)):
         rule = Shift("user/x")
         said = [

@@ -152,6 +152,16 @@ def test_values_of_warm_up_leave_when_there_are_enough_later_ones() -> None:
     assert active_at(feed(Spike("user/x"), series, run=RunInfo(warmup=60)))[-1] == 88  # ... and something after it
 
 
+def test_a_job_that_is_resumed_after_warm_up_still_lets_go_of_it() -> None:
+    rule, run = Spike("user/x"), RunInfo(warmup=60)
+    for i in range(90):
+        if i == 65:
+            state, rule = rule.state_dict(), Spike("user/x")
+            rule.load_state_dict(state)
+        rule.update(frame(i, reading([1.0]), run=run))
+    assert rule._table["count"].tolist() == [30]
+
+
 def test_a_jump_of_the_learning_rate_is_no_spike() -> None:
     def told(rates: list[float]) -> list[int]:
         rule, series = Spike("user/x"), [1.0] * 30 + [10.0] * 10 + [100.0]

@@ -63,10 +63,8 @@ class Course:
         if known:
             changes = [rates[name] - before[name] for name in known]
             self._rising = self._rising and min(changes) >= 0 and max(changes) > 0
-        if frame.run.warmup is not None:
-            warming = frame.step < frame.run.warmup
-        else:
-            warming = self._rising and bool(known)
+        stated = frame.run.warmup
+        warming = self._rising and bool(known) if stated is None else frame.step < stated
         self._rates = rates
         jumped = () if warming else tuple(name for name in known if _jumps(before[name], rates[name]))
         return Turn(warming, jumped, back_to)
@@ -145,7 +143,7 @@ class Past(CellTable):
     def take_back(self, step: int) -> BoolArray:
         """Takes out what was seen at ``step`` and later; bool ``[n]``: the cells that had such values."""
         later = self["steps"] >= step
-        had: BoolArray = later.any(0)
+        had: BoolArray = np.any(later, axis=0)
         if had.any():
             self.keep(~later)
         return had

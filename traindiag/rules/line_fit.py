@@ -107,4 +107,5 @@ def carried_over(rest: Floats, removed: int) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.where(both, products, 0.0).sum(0) / np.nansum(squares, axis=0)
         carried = (found * count + removed) / np.maximum(count - 4, 1)
-    return np.clip(np.nan_to_num(carried, nan=0.0), 0.0, MOST_CARRIED)
+    believed: Floats = np.clip(np.nan_to_num(carried, nan=0.0), 0.0, MOST_CARRIED)
+    return believed

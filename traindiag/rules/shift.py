@@ -47,8 +47,8 @@ class Shift(Rule):
 
     By default it speaks less than once in 10,000 values of a healthy cell for each direction (measured: .05 times for
     independent log-normal noise, .6 times for AR(0.9); skewed values that are not judged by their logarithm: 2.2). A
-    shift by 3 deviations of independent noise is told after 6 values, by 5 after 4. What carries over hides shifts: of
-    those by 3 deviations of AR(0.9) half are told within 200 values.
+    shift by 3 deviations of independent noise is told after 6 values, by 5 after 4. What carries over hides shifts:
+    of those by 3 deviations of AR(0.9) half are told within 200 values.
 
     Args:
         signal: Name of the signal.

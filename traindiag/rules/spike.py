@@ -158,10 +158,12 @@ class Spike(Rule):
         if turn.warming:
             self._warm = frame.step
         elif self._warm is not None:
-            later = table["steps"] > self._warm
-            enough = later.sum(0) >= JUDGED_BY_SPREAD
-            table.keep(later | ~enough)
-            if enough.all():
+            early = (table["steps"] >= 0) & (table["steps"] <= self._warm)
+            later = (table["steps"] > self._warm).sum(0)
+            gone = early & (later >= min(JUDGED_BY_SPREAD, self.window))
+            if gone.any():
+                table.keep(~gone)
+            if not (early & ~gone).any():
                 self._warm = None
 
     def _find(self, now: Floats, judged: BoolArray) -> tuple[BoolArray, Floats]:

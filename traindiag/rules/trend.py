@@ -121,9 +121,7 @@ class Trend(Rule):
         self._limit = float(np.log(growth_per_1000))
         # ``side``: 1 while growth is told, -1 while a fall is. ``shown``: intervals in a row that show one, with its
         # sign. ``slope``: of the logarithm per 1,000 steps. ``points``: intervals that it was made of.
-        self._table = CellTable(
-            where, sums=(ROWS, 0.0), counts=(ROWS, 0), side=0, shown=0, slope=np.nan, points=0
-        )
+        self._table = CellTable(where, sums=(ROWS, 0.0), counts=(ROWS, 0), side=0, shown=0, slope=np.nan, points=0)
         self._intervals = np.full(ROWS, -1)  # number of the interval in each row, counted from step 0; -1: free
         self._width = 0
         self._course = Course()
