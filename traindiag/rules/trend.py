@@ -191,7 +191,7 @@ class Trend(Rule):
         side, was = table["side"], table["shown"]
         shown = np.zeros_like(was)
         for sign in (1, -1):
-            # The median is beyond a limit where half of the slopes are: medians are for the few left over.
+            # The median is beyond a limit only where half of the slopes are: medians are for the few left over.
             high = enough & (2 * (sign * slopes >= self._limit).sum(0) >= pairs)
             stays = enough & (side == sign) & (2 * (sign * slopes >= RELEASE * self._limit).sum(0) >= pairs)
             side[enough & (side == sign) & ~stays] = 0
@@ -200,7 +200,7 @@ class Trend(Rule):
             few = np.flatnonzero(high | stays)
             if few.size:
                 table["slope"][few] = slope = np.nanmedian(slopes[:, few], axis=0)
-                clear = high[few] & self._is_clear(x, y[:, few], slope)
+                clear = (sign * slope >= self._limit) & self._is_clear(x, y[:, few], slope)
                 shown[few] = np.where(clear, np.maximum(sign * was[few], 0) + 1, 0) * sign
         table["shown"] = shown
         for sign in (1, -1):
