@@ -80,15 +80,6 @@ def test_the_limit_lets_go_at_half_of_its_logarithm() -> None:
     assert active_at(left)[-1] < 200
 
 
-def test_a_series_of_two_minds_is_no_trend() -> None:
-    """Half of the slopes are up and half are down, all beyond the limit: their median is neither."""
-    rule, size = Trend("user/x", growth_per_1000=2.0, direction="both", window=64, min_samples=12), 0.3
-    for step in range(200):
-        newer_half = step % 64 >= 32
-        value = math.exp(size * (1 if step % 2 else -1) * (1 if newer_half else -1))
-        assert not rule.update(frame(step, reading([value])))
-
-
 def test_growth_from_nothing_is_none() -> None:
     tiny = [1e-9 * v for v in growth(10.0)]
     assert active_at(feed(Trend("user/x", growth_per_1000=2.0), tiny, every=10))
