@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from traindiag.rules.forecast import Forecast
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.rule import Rule, Verdict
+    from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
     from traindiag.rules.threshold import Threshold
+    from traindiag.rules.trend import Trend
 
 __version__ = "0.1.0"
 
@@ -50,10 +52,12 @@ __all__ = [
     "RunInfo",
     "Series",
     "Settings",
+    "Shift",
     "Signal",
     "Spike",
     "Threshold",
     "TrainingDiagnostics",
+    "Trend",
     "Verdict",
     "preflight",
 ]
@@ -75,8 +79,10 @@ _HOMES = {
     "traindiag.rules.forecast": ("Forecast",),
     "traindiag.rules.nonfinite": ("NonFinite",),
     "traindiag.rules.rule": ("Rule", "Verdict"),
+    "traindiag.rules.shift": ("Shift",),
     "traindiag.rules.spike": ("Spike",),
     "traindiag.rules.threshold": ("Threshold",),
+    "traindiag.rules.trend": ("Trend",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

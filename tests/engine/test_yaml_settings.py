@@ -124,7 +124,7 @@ def test_every_spelling_of_a_float_is_a_number(
         ("rules:\n", "rules: expected a list, each entry begun with '- ', got nothing"),
         ("rules: {Threshold: {}}", "rules: expected a list"),
         ("rules: [Treshold]", ":1: rules[0].Treshold: unknown name 'Treshold', expected one of Threshold"),
-        ("rules: [Treshold]", "Did you mean 'Threshold'?"),
+        ("rules: [Treshold]", "Did you mean 'Threshold'"),
         ("rules: [AttentionMonitor]", "unknown name 'AttentionMonitor', expected one of Threshold"),
         ("rules: [[a]]", "rules[0]: expected a name, or a name with its arguments, got ['a']"),
         ("rules:\n- NonFinite: {}\n  name: a", ":2: rules[0]: expected one name with its arguments, got 2 keys"),

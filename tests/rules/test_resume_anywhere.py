@@ -16,8 +16,10 @@ from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule, Verdict
 from traindiag.rules.rule_set import RuleSet
+from traindiag.rules.shift import Shift
 from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
+from traindiag.rules.trend import Trend
 
 
 def rules() -> RuleSet:
@@ -27,6 +29,9 @@ def rules() -> RuleSet:
         Threshold("user/x", above=20.0, inherit=True, where="[ab]", name="inherited"),
         Forecast("user/x", limit=200.0),
         Spike("user/x", window=12),
+        Spike("user/x", direction="both", where="[abc]"),
+        Shift("user/x", direction="both", min_samples=16, limit=5.5, logarithm=True),
+        Trend("user/x", growth_per_1000=1.2, direction="both", window=64, min_samples=12),
     ]
     return RuleSet(made, strict=True)
 
@@ -44,7 +49,8 @@ def frames(seed: int, count: int = 60) -> list[Frame]:
         if rng.random() < 0.15:
             values[int(rng.integers(len(names)))] *= float(rng.choice([30.0, 0.01, math.nan, math.inf]))
         seen = (rng.random(len(names)) < 0.9).tolist()
-        made.append(frame(step, reading(values, X, Cells.along("place", names), seen)))
+        rates = {"adam": min(step, 8) / 8 * (0.3 if step >= 50 else 1.0)}  # warm-up and a jump
+        made.append(frame(step, reading(values, X, Cells.along("place", names), seen), learning_rates=rates))
     return made
 
 
@@ -61,13 +67,15 @@ def test_cut_anywhere(seed: int) -> None:
     series = frames(seed)
     whole = rules()
     unbroken: list[list[Verdict]] = [whole.update(f) for f in series]
-    assert len({v.rule for said in unbroken for v in said}) >= 4  # a series that says something
-    for cut in range(0, len(series), 3):
+    assert len({v.rule for said in unbroken for v in said}) >= 6  # a series that says something
+    assert {"trend", "shift"} <= {v.kind for said in unbroken for v in said}
+    for cut in (*range(0, len(series), 3), 50):  # at 50 the learning rate jumps
         first, second = rules(), rules()
         for f in series[:cut]:
             first.update(f)
         second.load_state_dict(carried(first.state_dict()))
         assert repr([second.update(f) for f in series[cut:]]) == repr(unbroken[cut:])  # NaN is not equal to itself
+        assert repr(second.state_dict()) == repr(whole.state_dict())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,7 +86,8 @@ def test_the_order_of_cells_changes_nothing(seed: int) -> None:
         r = f.readings["user/x"]
         order = np.argsort([str(c) for c in r.cells], kind="stable")
         cells = Cells(r.cells.axes, tuple(r.cells.coordinates[i] for i in order))
-        same = frame(f.step, type(r)(r.signal, cells, r.values[order], r.seen[order]))
+        turned_back = type(r)(r.signal, cells, r.values[order], r.seen[order])
+        same = frame(f.step, turned_back, learning_rates=f.learning_rates)
         a, b = turned.update(f), straight.update(same)
         assert [(v.rule, v.active, v.severity, v.others) for v in a] == [
             (v.rule, v.active, v.severity, v.others) for v in b

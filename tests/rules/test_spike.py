@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.rules.frames import active_at, feed, frame, reading
+from traindiag.record.run_info import RunInfo
 from traindiag.rules.spike import Spike
 
 BLOOM = [0.242, 0.947, 2.39, 15.9, 145.0, 960.0]
@@ -106,3 +107,91 @@ def test_the_largest_jump_of_all_cells_is_told() -> None:
         rule.update(frame(i, reading([1.0, 10.0, 1.0])))
     (verdict,) = rule.update(frame(6, reading([9.0, 50.0, 1.0])))
     assert (str(verdict.cell), verdict.others, verdict.value) == ("place0", 1, 9.0)
+
+
+def test_falls_are_told_where_they_matter() -> None:
+    series = [*np.exp(np.random.default_rng(0).normal(0, 0.1, 60)).tolist(), 0.1, 1.0, 10.0, 1.0]
+    assert active_at(feed(Spike("user/x"), series)) == [62]
+    assert active_at(feed(Spike("user/x", direction="down"), series)) == [60]
+    said = feed(Spike("user/x", direction="both"), series)
+    assert active_at(said) == [60, 62]
+    assert said[60] is not None
+    assert said[60].evidence.startswith("user/x is 0.1, down from the median ")
+    assert said[60].limit == pytest.approx(1 / 4, rel=0.1)
+
+
+def test_a_collapse_to_zero_is_told_for_as_long_as_it_stays_and_is_never_the_baseline() -> None:
+    series = [1.0] * 20 + [0.0] * 200 + [1.0] * 5
+    for direction in ("down", "both"):
+        said = feed(Spike("user/x", direction=direction), series)  # type: ignore[arg-type]
+        assert active_at(said) == list(range(20, 220))
+        assert said[100] is not None
+        assert said[100].evidence == "user/x is 0, down from the median 1 of the last 8 values"
+    assert not any(feed(Spike("user/x"), series))
+    assert not any(feed(Spike("user/x", direction="both"), [1.0] * 20 + [math.nan] * 200))  # NonFinite's business
+
+
+def test_a_spike_is_no_measure_for_itself_or_the_next() -> None:
+    rng = np.random.default_rng(0)
+    for size in (5.0, 1e3, 1e30):
+        series = np.exp(rng.normal(0, 0.1, 300))
+        series[[100, 104, 200]] *= size
+        assert active_at(feed(Spike("user/x"), series.tolist())) == [100, 104, 200]
+    assert active_at(feed(Spike("user/x"), [1.0] * 100 + [4.1])) == [100]  # out of a flat history too
+
+
+def test_values_of_warm_up_leave_when_there_are_enough_later_ones() -> None:
+    rng = np.random.default_rng(0)
+    wild = np.exp(rng.normal(0, 1.0, 60))
+    wild[50] = 300.0
+    calm = np.exp(rng.normal(0, 0.05, 30))
+    calm[[10, 28]] = 6.0
+    series = [*wild, *calm]
+    assert 50 in active_at(feed(Spike("user/x"), series, run=RunInfo(warmup=60)))  # warm-up is judged by itself
+    assert active_at(feed(Spike("user/x"), series))[-1] < 60  # 6 is nothing to the wild beginning ...
+    assert active_at(feed(Spike("user/x"), series, run=RunInfo(warmup=60)))[-1] == 88  # ... and something after it
+
+
+def test_a_job_that_is_resumed_after_warm_up_still_lets_go_of_it() -> None:
+    rule, run = Spike("user/x"), RunInfo(warmup=60)
+    for i in range(90):
+        if i == 65:
+            state, rule = rule.state_dict(), Spike("user/x")
+            rule.load_state_dict(state)
+        rule.update(frame(i, reading([1.0]), run=run))
+    assert rule._table["count"].tolist() == [30]
+
+
+def test_a_jump_of_the_learning_rate_is_no_spike() -> None:
+    def told(rates: list[float]) -> list[int]:
+        rule, series = Spike("user/x"), [1.0] * 30 + [10.0] * 10 + [100.0]
+        said = [
+            rule.update(frame(i, reading([v]), learning_rates={"adam": rates[i >= 30]})) for i, v in enumerate(series)
+        ]
+        return [i for i, verdicts in enumerate(said) if verdicts and verdicts[0].active]
+
+    assert told([1.0, 1.0]) == [30, 31, 32, 33, 40]
+    assert told([1.0, 2.0]) == [40]
+    assert told([1.0, 1.4]) == [30, 31, 32, 33, 40]
+
+
+def test_values_that_were_taken_back_never_happened() -> None:
+    rng = np.random.default_rng(0)
+    calm = np.exp(rng.normal(0, 0.1, 80))
+    straight, back = Spike("user/x"), Spike("user/x")
+    for i in range(60):
+        straight.update(frame(i, reading([calm[i]])))
+    for i in range(40):
+        back.update(frame(i, reading([calm[i]])))
+    for i in range(40, 70):
+        back.update(frame(i, reading([1000.0])))
+    for i in range(40, 60):
+        assert not [v for v in back.update(frame(i, reading([calm[i]]), segment=1)) if v.active]
+    assert repr(back._table.last(60)) == repr(straight._table.last(60))
+    (verdict,) = back.update(frame(60, reading([6.0]), segment=2))  # a plain resume changes nothing
+    assert verdict.active
+
+
+def test_wrong_direction_raises() -> None:
+    with pytest.raises(ValueError, match="direction must be one of up, down, both, got 'sideways'"):
+        Spike("user/x", direction="sideways")  # type: ignore[arg-type]

@@ -282,7 +282,12 @@ def _wiring(verdict: Verdict) -> Explanation:
 
 def _generic(verdict: Verdict) -> Explanation:
     signal = BY_NAME.get(verdict.signal)
-    found = {"spike": "jumped", "forecast": "is on its way to its limit"}.get(verdict.kind, "is beyond its limit")
+    found = {
+        "spike": "jumped",
+        "forecast": "is on its way to its limit",
+        "trend": "is drifting",
+        "shift": "has left its level",
+    }.get(verdict.kind, "is beyond its limit")
     return Explanation(
         f"{verdict.signal} {found}{_at(verdict)}",
         f"{signal.summary}; {signal.source}" if signal is not None and signal.source else "",

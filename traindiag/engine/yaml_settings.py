@@ -26,8 +26,10 @@ from traindiag.record.catalogue import near
 from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.nonfinite import NonFinite
+from traindiag.rules.shift import Shift
 from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
+from traindiag.rules.trend import Trend
 from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
 
 PLUGINS = "traindiag.plugins"
@@ -40,6 +42,8 @@ BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
             Threshold,
             Forecast,
             Spike,
+            Trend,
+            Shift,
             NonFinite,
             StructuralZeros,
             Ungraded,

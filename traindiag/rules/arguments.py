@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from traindiag.rules.rule import SEVERITIES
+from traindiag.rules.rule import DIRECTIONS, SEVERITIES
 
 
 def at_least(least: int, **counts: int | None) -> None:
@@ -38,3 +38,13 @@ def severity(value: str) -> None:
     """
     if value not in SEVERITIES:
         raise ValueError(f"severity must be one of {', '.join(SEVERITIES)}, got {value!r}")
+
+
+def direction(value: str) -> None:
+    """Refuses an unknown direction.
+
+    Raises:
+        ValueError: With the known ones.
+    """
+    if value not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {value!r}")

@@ -13,6 +13,8 @@ from traindiag.record.frame import Frame
 
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
+Direction = Literal["up", "down", "both"]
+DIRECTIONS: tuple[Direction, ...] = ("up", "down", "both")
 NOWHERE = Cell((), ())
 
 COOLDOWN = 100
