@@ -181,7 +181,10 @@ def test_events_stay_small_however_many_cells_the_fast_lane_has():
         assert sum(later) / 200 <= 1.5 * log_format.FAST_BYTES_PER_STEP
         assert events[0][1].ByteSize() <= 4 * count + 250_000
         if count <= 300:
-            assert sum(v.tensor.tensor_shape.dim[0].size for _, s in events for v in s.value if v.tag.endswith("_norm")) == 200
+            assert (
+                sum(v.tensor.tensor_shape.dim[0].size for _, s in events for v in s.value if v.tag.endswith("_norm"))
+                == 200
+            )
 
 
 def test_a_resumed_run_in_several_folders_is_one_run(tmp_path):

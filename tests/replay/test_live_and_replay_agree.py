@@ -63,7 +63,10 @@ def train(folder: Path, *, lr: float = 1e-3, steps: int = 30, loss: Any = plain,
 
 def test_an_unstable_run(tmp_path: Path) -> None:
     live = train(tmp_path, lr=0.5, steps=160, every_n_steps=5)
-    assert {a.rule for a in live if a.severity != "info"} & {"attention/logit-range", "attention/logit-range-to-damage"}
+    assert {a.rule for a in live if a.severity != "info"} & {
+        "attention/logit-range",
+        "attention/logit-range-to-damage",
+    }
     assert any(a.status == "escalated" for a in live)
     run = same(live, tmp_path)
     assert (run.steps, run.last, run.run.model) == (160, 159, "GPT")

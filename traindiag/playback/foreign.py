@@ -1,4 +1,4 @@
-"""Other people's logs: TensorBoard scalars, CSV, JSON lines and the Hugging Face Trainer's state, read as far as it goes."""
+"""Other people's logs (TensorBoard scalars, CSV, JSON lines, the Hugging Face Trainer's state), as far as they go."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def _number_of(value: Summary.Value) -> float | None:
 
 
 _TRAINER_NOTE = (
-    "the Hugging Face Trainer counts from 1: one was taken off its steps. Its loss is a mean since the row before, in "
-    "which NaN and infinity are left out unless logging_nan_inf_filter is off"
+    "the Hugging Face Trainer counts from 1: one was taken off its steps. Its loss is a mean since the row before, "
+    "in which NaN and infinity are left out unless logging_nan_inf_filter is off"
 )
 
 
@@ -186,7 +186,9 @@ def _read_jsonl(file: Path) -> ForeignRun:
             broken += 1
     run = _from_rows(file, rows, list(dict.fromkeys(name for row in rows for name in row)))
     if broken:
-        run.notes.append(f"{file}: {broken} line{'s' * (broken > 1)} could not be read as JSON and {_WERE[broken > 1]} skipped")
+        run.notes.append(
+            f"{file}: {broken} line{'s' * (broken > 1)} could not be read as JSON and {_WERE[broken > 1]} skipped"
+        )
     return run
 
 
@@ -264,7 +266,7 @@ def _read_state(file: Path) -> ForeignRun:
 def _rows_before_the_damage(text: str) -> Iterator[Any]:
     decoder = json.JSONDecoder()
     at = text.find("[", text.find('"log_history"')) + 1 if '"log_history"' in text else 0
-    while 0 < (at := text.find("{", at)):
+    while (at := text.find("{", at)) > 0:
         try:
             row, at = decoder.raw_decode(text, at)
         except ValueError:

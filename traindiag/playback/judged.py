@@ -43,7 +43,7 @@ def judge(frames: Iterable[Frame], rules: Sequence[Rule] | None, run_id: str) ->
 
     Args:
         frames: In the order in which they were measured.
-        rules: In place of the default pack. They are copied, so that what one run taught them does not judge the next.
+        rules: In place of the default pack. They are copied: what one run taught them must not judge the next.
         run_id: What alert ids are made of.
     """
     judged = Judged()

@@ -95,7 +95,9 @@ def name_signals(names: Iterable[str], given: Mapping[str, str] | None = None) -
             check_signal(signal, [LEARNING_RATE])
     twice = sorted({s for s in given.values() if list(given.values()).count(s) > 1})
     if twice:
-        raise ValueError(f"{twice[0]} is given to several names: {', '.join(n for n in given if given[n] == twice[0])}")
+        raise ValueError(
+            f"{twice[0]} is given to several names: {', '.join(n for n in given if given[n] == twice[0])}"
+        )
     taken = {signal: (foreign, "given") for foreign, signal in given.items()}
     for name in names:
         if name in BY_NAME and name not in taken and name not in given:

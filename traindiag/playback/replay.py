@@ -87,8 +87,8 @@ def replay(
 ) -> Replay:
     """Judges every run of a log as if it were trained now.
 
-    A log of ours is judged exactly as its run was: same frames in the same order, so that the same rules tell the same
-    alerts. Other logs are taken by the names of their numbers.
+    A log of ours is judged exactly as its run was: same frames in the same order, so that the same rules tell the
+    same alerts. Other logs are taken by the names of their numbers.
 
     Args:
         logdir: An event file, a CSV or JSONL file with a column of steps, a ``trainer_state.json``, or a folder that
@@ -121,8 +121,8 @@ def _recorded(recording: Recording, rules: Sequence[Rule] | None) -> ReplayedRun
     for name, count in recording.lost.items():
         if name in spacing:
             notes.append(
-                f"{name} has so many cells that the log holds every {spacing[name]}th step of it only: rules on it may "
-                "tell something else than they told the run"
+                f"{name} has so many cells that the log holds every {spacing[name]}th step of it only: rules on it "
+                "may tell something else than they told the run"
             )
         else:
             notes.append(f"{count} readings of {name} are lost")

@@ -31,8 +31,8 @@ def replay_series(
 ) -> list[Alert]:
     """Judges series of numbers from anywhere, as if a run had measured them.
 
-    NaN is a result like any other, and told. What was not measured is left out or None; of a data frame with gaps pass
-    ``column.dropna()``.
+    NaN is a result like any other, and told. What was not measured is left out or None; of a data frame with gaps
+    pass ``column.dropna()``.
 
     Args:
         series: By signal name, or ``learning_rate``: a sequence, an array ``[n]`` or ``[n, cells]`` (one dimension
@@ -102,7 +102,7 @@ def frames_of(columns: Iterable[Column], run: RunInfo) -> Iterator[Frame]:
     places: dict[tuple[int, int], list[tuple[Column, int]]] = {}
     rates: dict[int, float] = {}
     for column in columns:
-        slow = column.signal is not None and column.signal.lane == "slow"
+        slow = int(column.signal is not None and column.signal.lane == "slow")
         for k, step in enumerate(column.steps.tolist()):
             if column.signal is not None:
                 places.setdefault((step, slow), []).append((column, k))
@@ -148,7 +148,9 @@ def _described(name: str, shape: tuple[int, ...]) -> tuple[Signal, Cells]:
     """The signal and its cells; axes that the values lack are left out, the outer ones first."""
     known = BY_NAME.get(name)
     if known is None:
-        signal = Signal(name, tuple("cell" if i == 0 else f"axis{i}" for i in range(len(shape))), "a series", lane="fast")
+        signal = Signal(
+            name, tuple("cell" if i == 0 else f"axis{i}" for i in range(len(shape))), "a series", lane="fast"
+        )
     elif not shape and known.axes[-1:] == ("parameter",):  # rules on parameters look for one
         signal, shape = replace(known, axes=("parameter",)), (1,)
     elif len(shape) > len(known.axes):

@@ -222,7 +222,9 @@ class _FileReader:
             elif value.tag == FRAMES:
                 for chunk in rows:
                     names = [tuple(n) for n in chunk["names"]]
-                    self.current.frames += [FrameFacts(s, lane, names[n], *rest) for s, lane, n, *rest in chunk["rows"]]
+                    self.current.frames += [
+                        FrameFacts(s, lane, names[n], *rest) for s, lane, n, *rest in chunk["rows"]
+                    ]
             else:
                 self.current.coverage = tuple(Coverage.from_dict(r) for r in rows)
         else:

@@ -8,9 +8,9 @@ reader may keep the first metadata of a tag only, so new cells open a new tag: `
 
 Where ranks matter, columns ``n + 1`` to ``2 n`` hold the rank that each value came from.
 
-``traindiag/run``, ``traindiag/alerts``, ``traindiag/coverage`` and ``traindiag/frames`` are string tensors of JSON. The
-last one tells what frames there were, with all that rules may read in them beside their readings, so that a run can be
-judged once more.
+``traindiag/run``, ``traindiag/alerts``, ``traindiag/coverage`` and ``traindiag/frames`` are string tensors of JSON.
+The last one tells what frames there were, with all that rules may read in them beside their readings, so that a run
+can be judged once more.
 """
 
 from __future__ import annotations
