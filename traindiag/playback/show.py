@@ -25,7 +25,7 @@ def show(replayed: Replay, panel: TerminalPanel) -> None:
         panel.blank()
         panel.summary(run.history, run.alerts, run.steps)
         if run.unjudged:
-            panel.facts([("not judged", text) for text in _unjudged(run)])
+            panel.facts([("not judged", _unjudged(run))])
 
 
 def to_json(replayed: Replay) -> str:
@@ -87,9 +87,7 @@ def _compared(told: Sequence[Alert], now: Sequence[Alert]) -> str:
     return "; ".join(parts)
 
 
-def _unjudged(run: ReplayedRun) -> list[str]:
-    """Rules that wait for the same signals share a line."""
-    waiting: dict[tuple[str, ...], list[str]] = {}
-    for rule, signals in run.unjudged.items():
-        waiting.setdefault(signals, []).append(rule)
-    return [f"{', '.join(rules)}: the log has no {' or '.join(signals)}" for signals, rules in waiting.items()]
+def _unjudged(run: ReplayedRun) -> str:
+    signals = dict.fromkeys(signal for wanted in run.unjudged.values() for signal in wanted)
+    rules = f"{len(run.unjudged)} of {len(run.rules)} rules" if len(run.unjudged) > 1 else next(iter(run.unjudged))
+    return f"{rules}: the log has no {', '.join(signals)}"
