@@ -114,6 +114,12 @@ def test_several_runs(tmp_path: Path) -> None:
     csv(tmp_path, [*QUIET, float("inf")], "b.csv")
     code, out, _ = call("check", tmp_path)
     assert code == 1 and "1 alert of severity warning or above in 1 of 2 runs" in out
+    for folder in ("v0", "v1"):  # as loggers call their files
+        (tmp_path / folder).mkdir()
+        csv(tmp_path / folder, [float("nan")])
+    assert "3 alerts of severity warning or above in 3 of 4 runs" in call("check", tmp_path)[1]
+    for folder in ("v0", "v1"):
+        (tmp_path / folder / "m.csv").unlink()
     csv(tmp_path, QUIET[:5], "b.csv")
     code, out, _ = call("check", tmp_path)
     assert code == 4 and "b.csv: 5 steps" in out

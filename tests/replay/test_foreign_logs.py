@@ -151,6 +151,7 @@ def test_folders_are_runs_and_files_of_one_folder_are_one(tmp_path: Path) -> Non
     a, b = replay(tmp_path).runs
     assert list(series(a, "loss/value").values()) == 20 * [1.0] + 20 * [3.0]  # resumed at 20
     assert len(series(b, "loss/value")) == 40
+    assert (a.run.run_id, b.run.run_id) == ("a", "b")
 
 
 def test_csv_with_gaps_repeats_and_rubbish(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def replay(
     foreign = read_foreign(path)
     known = list(dict.fromkeys(name for run in foreign for name in run.columns))
     name_signals(known, names)  # a name that no run has is a slip; one that some lack is not
-    return Replay(tuple(_foreign(run, rules, names or {}) for run in foreign))
+    return Replay(tuple(_foreign(run, path, rules, names or {}) for run in foreign))
 
 
 def _recorded(recording: Recording, rules: Sequence[Rule] | None) -> ReplayedRun:
@@ -136,9 +136,10 @@ def _recorded(recording: Recording, rules: Sequence[Rule] | None) -> ReplayedRun
     return _run(source, recording.run, judged, notes, told=tuple(told))
 
 
-def _foreign(foreign: ForeignRun, rules: Sequence[Rule] | None, given: Mapping[str, str]) -> ReplayedRun:
+def _foreign(foreign: ForeignRun, root: Path, rules: Sequence[Rule] | None, given: Mapping[str, str]) -> ReplayedRun:
     names = name_signals(foreign.columns, {n: s for n, s in given.items() if n in foreign.columns})
-    run = replace(foreign.run, run_id=foreign.run.run_id or foreign.source.name)
+    own = foreign.source.name if foreign.source == root else foreign.source.relative_to(root).as_posix()
+    run = replace(foreign.run, run_id=own)
     columns = [Column.of(n.signal, foreign.columns[n.foreign]) for n in names]
     judged = judge(frames_of(columns, run), rules, run.run_id)
     return _run(str(foreign.source), run, judged, foreign.notes, names=tuple(names))

@@ -221,10 +221,7 @@ class _FileReader:
                 self.current.alerts += rows
             elif value.tag == FRAMES:
                 for chunk in rows:
-                    names = [tuple(n) for n in chunk["names"]]
-                    self.current.frames += [
-                        FrameFacts(s, lane, names[n], *rest) for s, lane, n, *rest in chunk["rows"]
-                    ]
+                    self.current.frames += _frame_facts(chunk)
             else:
                 self.current.coverage = tuple(Coverage.from_dict(r) for r in rows)
         else:
@@ -256,6 +253,23 @@ class _FileReader:
         self.contradictions |= bool(row.steps[0] <= self.latest.get(signal.name, -1))
         self.latest[signal.name] = event.step
         segment.rows.append(row)
+
+
+def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
+    """What stands in one chunk; infinite numbers are strings there."""
+    names = [tuple(n) for n in chunk["names"]]
+    return [
+        FrameFacts(
+            step,
+            lane,
+            names[at],
+            float(time),
+            None if pace is None else float(pace),
+            {name: int(count) for name, count in updates.items()},
+            {name: float(rate) for name, rate in rates.items()},
+        )
+        for step, lane, at, time, pace, updates, rates in chunk["rows"]
+    ]
 
 
 def _join(segments: list[Segment]) -> LogData:

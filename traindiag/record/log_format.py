@@ -220,7 +220,7 @@ class _Frames:
 
     def add(self, frame: Frame) -> list[tuple[int, Summary.Value]]:
         names = self.names.setdefault(tuple(frame.readings), len(self.names))
-        known = frame.time, frame.seconds_per_step, frame.updates, frame.learning_rates
+        known = frame.time, frame.seconds_per_step, dict(frame.updates), dict(frame.learning_rates)
         self.rows.append([frame.step, frame.lane, names, *known])
         return self.flush() if len(self.rows) == CHUNK_STEPS else []
 
@@ -228,7 +228,11 @@ class _Frames:
         if not self.rows:
             return []
         at = self.rows[-1][0]
-        chunk = _json({"v": VERSION, "names": list(self.names), "rows": self.rows})
+        data = {"v": VERSION, "names": list(self.names), "rows": self.rows}
+        try:
+            chunk = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+        except (ValueError, TypeError):  # a learning rate of infinity, a number of numpy's
+            chunk = _json(data)
         self.names, self.rows = {}, []
         return [(at, strings_value(FRAMES, "frames", [chunk]))]
 
