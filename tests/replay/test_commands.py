@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -151,6 +152,18 @@ def test_a_damaged_log_is_read_as_far_as_it_goes_and_says_so(log: Path, tmp_path
     assert code == 1 and len(out.splitlines()) == 1
     assert err.startswith("note: ") and "incomplete" in err
     assert "note" in call("replay", tmp_path)[1]
+
+
+def test_no_damage_is_an_error_of_ours(log: Path, tmp_path: Path) -> None:
+    (file,) = log.glob("*tfevents*")
+    rng, whole = np.random.default_rng(0), file.read_bytes()
+    for _ in range(25):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole) - 20, size=3).tolist():
+            damaged[at : at + 8] = rng.bytes(8)
+        (tmp_path / file.name).write_bytes(bytes(damaged))
+        code, _, err = call("check", tmp_path)
+        assert code in (0, 1, 3, 4) and ("note: " in err or code == 3)
 
 
 def test_the_exit_codes_are_in_the_help() -> None:

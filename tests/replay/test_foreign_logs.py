@@ -87,6 +87,19 @@ def test_the_trainers_state_is_read_at_the_steps_of_the_live_run(tmp_path: Path)
     assert any("counts from 1" in note for note in run.notes)
 
 
+def test_the_trainers_steps_are_known_in_its_other_logs(tmp_path: Path) -> None:
+    writer = EventFileWriter(str(tmp_path / "runs"))
+    for step in (1, 2, 3):
+        values = [Summary.Value(tag=f"train/{n}", simple_value=1.0) for n in ("loss", "grad_norm", "epoch")]
+        writer.add_event(Event(step=step, wall_time=1.0, summary=Summary(value=values)))
+    writer.close()
+    exported = write_csv(tmp_path / "wandb.csv", "_step,train/global_step,train/loss", ["7,1,1.0", "8,2,1.0"])
+    for path, steps in ((tmp_path / "runs", [0, 1, 2]), (exported, [0, 1])):
+        run = only(path)
+        assert list(series(run, "loss/value")) == steps
+        assert any("counts from 1" in note for note in run.notes)
+
+
 def test_a_folder_of_the_trainer_gives_its_longest_state_once(tmp_path: Path) -> None:
     for steps in (10, 30, 20):
         folder = tmp_path / f"checkpoint-{steps}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from traindiag.playback.names import STEP_NAMES, is_step
+from traindiag.playback.names import STEP_NAMES, step_columns
 from traindiag.record.event_file import event_files, read_events
 from traindiag.record.log_format import PREFIX
 from traindiag.record.run_info import RunInfo
@@ -204,11 +204,10 @@ def _flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _from_rows(file: Path, rows: Iterable[Mapping[str, Any]], names: list[str]) -> ForeignRun:
-    columns = [name for name in names if is_step(name)]
+    columns = step_columns(names)
     if not columns:
         told = f"it has {', '.join(map(repr, names))}" if names else "it has no columns"
         raise Unreadable(f"{file} has no column of steps ({', '.join(STEP_NAMES)}); {told}")
-    columns.sort(key=lambda name: STEP_NAMES.index(name.lower()) if name.lower() in STEP_NAMES else len(STEP_NAMES))
     run, skipped = ForeignRun(file), 0
     for row in rows:
         step = next((s for s in (_number(row.get(name)) for name in columns) if s is not None), None)

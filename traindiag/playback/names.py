@@ -45,17 +45,17 @@ GUESSES: Mapping[str, tuple[str, ...]] = {
 They are those of the Hugging Face Trainer, Lightning, Megatron, OLMo and Composer."""
 
 STEP_NAMES = (
-    "step",
-    "global_step",
     "train_global_step",
     "trainer_global_step",
+    "global_step",
+    "step",
     "iteration",
     "iter",
     "steps",
     "update",
     "num_updates",
 )
-"""Usual names of a column of steps, written in the same way."""
+"""Usual names of a column of steps, written in the same way, best first: a logger's own ``_step`` counts its rows."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,14 @@ def name_signals(names: Iterable[str], given: Mapping[str, str] | None = None) -
     return [Name(n, *of.get(n, (f"logged/{n.strip('/')}", "unknown"))) for n in names]  # type: ignore[arg-type]
 
 
-def is_step(name: str) -> bool:
-    """Whether a column of this name holds steps."""
-    return _plain(name) in STEP_NAMES
+def step_columns(names: Iterable[str]) -> list[str]:
+    """Those of the names that are of steps, the best first.
+
+    Example:
+        >>> step_columns(["_step", "loss", "trainer/global_step"])
+        ['trainer/global_step', '_step']
+    """
+    return sorted((n for n in names if _plain(n) in STEP_NAMES), key=lambda n: STEP_NAMES.index(_plain(n)))
 
 
 def _spelling(name: str) -> str:
