@@ -86,7 +86,7 @@ def test_the_thread_ends_with_the_run() -> None:
     deadline = time.monotonic() + 5
     while len(threads()) > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(threads()) == before
+    assert len(threads()) <= before
 
 
 def run(*, aside: bool, reads: bool = False) -> tuple[list[Any], list[tuple[int, int, str]]]:

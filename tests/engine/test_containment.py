@@ -27,6 +27,7 @@ from traindiag.monitors.gradient import GradientMonitor
 from traindiag.panels.tensorboard import TensorBoardPanels
 from traindiag.record.series import History
 from traindiag.transfer.lane import Lane
+from traindiag.transfer.screen import Screen
 from traindiag.transfer.states import Group
 
 STEPS = 12
@@ -43,7 +44,9 @@ PLACES: list[tuple[type, str]] = [
     (MonitorLane, "send"),
     (MonitorLane, "receive"),
     (Lane, "_launch"),
-    (Lane, "_unpack"),
+    (Lane, "shelve"),
+    (Lane, "receive"),
+    (Screen, "stirs"),
     (Meter, "recent_shares"),
     (Judge, "hear"),
     (Judge, "state_dict"),

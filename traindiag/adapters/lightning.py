@@ -90,7 +90,8 @@ class LightningHooks(DiagnosticsCallback):
             if pl_module.automatic_optimization:
                 loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
                 if loss is not None:
-                    diagnostics.loss(loss * trainer.accumulate_grad_batches)
+                    parts = trainer.accumulate_grad_batches
+                    diagnostics.loss(loss if parts == 1 else loss * parts)
             else:
                 self._hand_over_losses(None)
             if diagnostics.sampling:

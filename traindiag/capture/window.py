@@ -115,6 +115,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._stack: list[_Running] = []
         self._mode = _Mode(self._call)
+        self._mode_on = False
 
     def prepare(self, watched: Watched, taps: Sequence[Tap]) -> None:
         """Says what to watch and whom to tell; closes the window if it is open."""
@@ -216,14 +217,17 @@ class Capture:
 
     def pause(self) -> None:
         """Looks away, for a backward pass."""
-        self._paused = self._open
+        if not self._open:
+            return
+        self._paused = True
         self._losses.forget()
         self._set_mode()
 
     def resume(self) -> None:
         """Looks again; does nothing where the window is closed."""
-        self._paused = False
-        self._set_mode()
+        if self._paused:
+            self._paused = False
+            self._set_mode()
 
     def close(self) -> None:
         """Removes everything that ``open`` installed."""
@@ -310,6 +314,8 @@ class Capture:
         return bool(self._loss_taps) and self._eager_modules is None and not self._compiled_function
 
     def _set_mode(self) -> None:
+        if not self._mode_on and (self._paused or not self._open):
+            return
         if self._mode.busy:  # its own call is under way and will put it back; whatever comes next sets it right
             return
         top = self._stack[-1] if self._stack else None
@@ -319,7 +325,8 @@ class Capture:
             closed = () if self._in_shadow else self._closed_modules or ()
             looks = top.name is not None and top.trains and id(top.module) not in closed
             looks = looks and (top.name != "" or self._looks_between)
-        torch_private.set_mode(self._mode, self._open and not self._paused and looks)
+        self._mode_on = self._open and not self._paused and looks
+        torch_private.set_mode(self._mode, self._mode_on)
 
     # -- what they call ------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
 from traindiag.engine.containment import Border, LeavingLane, describe
-from traindiag.engine.judge import Judge
+from traindiag.engine.judge import BATCH, Judge
 from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
 from traindiag.engine.outlet import Outlet
@@ -123,6 +123,7 @@ class Diagnostics:
         self._off = False
         self._aside = Aside[None]()
         self._heard: list[_Heard] = []
+        self._hearing = False
 
         self._armed = False
         self._in_step = False
@@ -153,13 +154,13 @@ class Diagnostics:
     @property
     def alerts(self) -> list[Alert]:
         """Everything told so far, oldest first."""
-        self._aside.wait()
+        self._catch_up()
         return self._judge.alerts
 
     @property
     def history(self) -> History:
         """Every number measured so far, by signal."""
-        self._aside.wait()
+        self._catch_up()
         return self._judge.history
 
     @property
@@ -292,9 +293,11 @@ class Diagnostics:
         self.judge_aside()
 
     def judge_aside(self) -> None:
-        """Judges what the step before has shown beside the backward pass, which leaves the interpreter free."""
+        """Judges a sample, or steps enough to be worth it, beside the backward pass, which leaves the interpreter
+        free.
+        """
         with self.border:
-            if not self._failed and not self._aside.busy and any(lane.pending for lane in self._lanes()):
+            if not self._failed and not self._aside.busy and self._has_work():
                 run, told = self.run, self._told_coverage
                 self._aside.start(lambda: self._hear_aside(run, told))
 
@@ -341,11 +344,11 @@ class Diagnostics:
 
     def end(self, *, step_done: bool = True) -> None:
         """A micro-batch ends; ``step_done`` where it ended an accumulation."""
-        with self.border, self._meter:
-            self._capture.close()
-        if not (step_done and self._in_step):
-            return
         with self._meter:
+            with self.border:
+                self._capture.close()
+            if not (step_done and self._in_step):
+                return
             if not self._off:
                 self._receive()
             if not self._off:
@@ -371,11 +374,11 @@ class Diagnostics:
         try:
             with self.border:
                 self._capture.close()
-            self._receive(patience)
+            self._receive(patience, everything=True)
             if self._in_step and world_size() == 1 and not self._off:  # what the broken step had shown so far
                 self._send()
                 self.step_count += 1
-                self._receive(patience)
+                self._receive(patience, everything=True)
         finally:
             self._in_step = False
             self._remove_hooks()
@@ -391,7 +394,7 @@ class Diagnostics:
         Empty where it could not be put together; a resumed job then begins to diagnose anew.
         """
         with self.border, self._meter:
-            self._receive()
+            self._receive(everything=True)
             return {
                 "version": STATE_VERSION,
                 "segment": self.segment,
@@ -399,6 +402,7 @@ class Diagnostics:
                 "updates": dict(self.updates),
                 "schedule": self._schedule.state_dict(),
                 "judge": self._judge.state_dict(),
+                "lane": self._fast.state_dict(),
                 "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
             }
         return {}
@@ -422,6 +426,8 @@ class Diagnostics:
         self.updates.update({n: int(c) for n, c in state["updates"].items() if n in self.updates})
         self._schedule.load_state_dict(state["schedule"])
         self._judge.load_state_dict(state["judge"])
+        if "lane" in state:  # checkpoints of version 1 may be older than it
+            self._fast.load_state_dict(state["lane"])
         for lane in self._lanes():
             for name, monitor in lane.monitors.items():
                 if name in state["monitors"]:
@@ -632,17 +638,19 @@ class Diagnostics:
             with self.border:  # each by itself: other ranks count on both
                 lane.send(self.step_count, facts, costs)
 
-    def _receive(self, patience: float | None = None) -> None:
-        """Judges and tells what the step before has shown."""
+    def _receive(self, patience: float | None = None, *, everything: bool = False) -> None:
+        """Judges and tells what the step before has shown; calm steps may wait, unless ``everything`` counts."""
         with self.border:
             try:
                 if self._aside.busy:
                     self._aside.take(patience)
             except TimeoutError:  # it waits for a rank that will not answer
                 return
-        for lane in self._lanes():
-            with self.border:  # each by itself: what is not received keeps the next step from being sent
-                self._hear(lane, self.run, self._told_coverage, patience)
+        if everything or not self._can_wait():
+            for lane in self._lanes():
+                while lane.pending:
+                    with self.border:  # each by itself: what is not received keeps the next step from being sent
+                        self._hear(lane, self.run, self._told_coverage, patience)
         heard, self._heard = self._heard, []
         for lane, received, alerts in heard:
             with self.border:
@@ -652,7 +660,7 @@ class Diagnostics:
                 # a fault of wiring shows no better in more samples
                 if any(a.status == "opened" and a.kind != "wiring" for a in alerts):
                     # counted from the frame, not from now: a resumed job that hears it earlier samples the same steps
-                    self._schedule.open_burst(received.frame.step + 2)
+                    self._schedule.open_burst(received.frame.step + 2 + (BATCH if received.calm else 0))
                 self._outlet.frame(received.frame, alerts)
         left = next((lane.left for lane in self._lanes() if lane.left), None)
         if left is not None and not self._off:
@@ -664,9 +672,37 @@ class Diagnostics:
     def _hear_aside(self, run: RunInfo, told: bool) -> None:
         self._outlet.write_due()
         for lane in self._lanes():
-            if lane.pending and not lane.ready():
-                break  # all ranks must answer it, and only the training thread starts collectives
-            self._hear(lane, run, told)
+            while lane.pending:
+                if not lane.ready():
+                    return  # all ranks must answer it, and only the training thread starts collectives
+                self._hear(lane, run, told)
+
+    def _has_work(self) -> bool:
+        """Whether judging is worth waking a thread: for a sample, for steps enough, or where rules are impatient."""
+        if self._slow.pending or self._fast.shelved >= BATCH - 1:
+            return True
+        return self._fast.pending and not self._judge.patient
+
+    def _can_wait(self) -> bool:
+        """Puts the step before on the shelf where nothing in it is urgent; whether nothing else is to be received."""
+        with self.border:
+            return (
+                not self._slow.pending
+                and self._judge.patient
+                and not self._failed
+                and self._fast.shelved < BATCH - 1
+                and self._fast.shelve()
+            )
+        return False
+
+    def _catch_up(self) -> None:
+        """Hears what waits on the shelf; it is told at the end of the step."""
+        self._aside.wait()
+        if self._aside.busy or self._hearing:  # what is asked for is asked from inside of judging
+            return
+        with self.border:
+            while self._fast.shelved:
+                self._hear(self._fast, self.run, self._told_coverage)
 
     def _hear(self, lane: LeavingLane, run: RunInfo, told: bool, patience: float | None = None) -> None:
         """Receives and judges, and leaves everything else to :meth:`_receive`, so that it can be done in any thread.
@@ -680,9 +716,16 @@ class Diagnostics:
         received = lane.receive(run, self.segment, patience)
         if received is None:
             return
+        self._hearing = True
+        try:
+            self._heard.append(self._judged(lane, received, run, told))
+        finally:
+            self._hearing = False
+
+    def _judged(self, lane: LeavingLane, received: Received, run: RunInfo, told: bool) -> _Heard:
         if lane is self._slow and not told and (seen := received.frame.readings.get("attention/max_logit")):
             received = replace(received, frame=replace(received.frame, run=with_attention(run, seen)))
-        self._heard.append((lane, received, self._judge.hear(received.frame)))
+        return lane, received, self._judge.hear(received.frame)
 
     def _after_sample(self, received: Received) -> None:
         before, (fast_cost, slow_cost) = self._schedule.cadence, received.costs

@@ -13,7 +13,8 @@ from traindiag.rules.rule import Rule
 from traindiag.rules.rule_set import RuleSet
 
 BATCH = 16
-"""Frames recorded at a time: right after a training step the caches are cold, and one by one costs far more."""
+"""Frames judged, recorded and written at a time: right after a training step the caches are cold, and one by one they
+cost far more."""
 
 
 class Judge:
@@ -49,6 +50,11 @@ class Judge:
         """Everything told in this run, its earlier segments included, oldest first."""
         return self._book.alerts
 
+    @property
+    def patient(self) -> bool:
+        """Whether a calm step may be heard up to ``BATCH`` steps late."""
+        return self._rules.patient
+
     def hear(self, frame: Frame) -> list[Alert]:
         """What there is to tell about ``frame``."""
         self._unrecorded.append(frame)
@@ -58,8 +64,7 @@ class Judge:
 
     def _record(self) -> None:
         frames, self._unrecorded = self._unrecorded, []
-        for frame in frames:
-            self._history.append(frame)
+        self._history.append(*frames)
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self._book.run_id, "rules": self._rules.state_dict(), "alerts": self._book.state_dict()}

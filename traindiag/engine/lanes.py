@@ -42,12 +42,14 @@ class Received:
         costs: Of the fast and the slow lane, means over ranks.
         found: Monitors with their readings.
         faults: Monitors that failed, with the cause where this rank knows it.
+        calm: Whether it may have waited to be received.
     """
 
     frame: Frame
     costs: tuple[float, float]
     found: Sequence[tuple[Monitor, Sequence[Reading]]]
     faults: Mapping[str, str]
+    calm: bool = False
 
 
 class MonitorLane:
@@ -122,7 +124,8 @@ class MonitorLane:
         groups: dict[Key, Group] = {}
         for monitor in self.working():
             try:
-                groups.update({(monitor.name, g.name): g for g in monitor.collect()})
+                for group in monitor.collect():
+                    groups[monitor.name, group.name] = group
             except Exception as error:
                 self._contain(monitor, "collect", error)
         header = {f"fault:{name}": 1.0 for name in self._faults}
@@ -136,12 +139,21 @@ class MonitorLane:
         """Whether a step waits to be received."""
         return self._lane.pending
 
+    @property
+    def shelved(self) -> int:
+        """Steps on the shelf."""
+        return self._lane.shelved
+
+    def shelve(self) -> bool:
+        """Puts the step sent last on a shelf, to be received later; False where it cannot wait."""
+        return self._lane.shelve()
+
     def ready(self) -> bool:
-        """Waits for the step sent last; whether it can be received in any thread."""
+        """Waits for the next step to be received; whether it can be received in any thread."""
         return self._lane.ready()
 
     def receive(self, run: RunInfo, segment: int, patience: float | None = None) -> Received | None:
-        """What the step sent last has shown; None where none is under way.
+        """What the oldest step has shown that was not received; None where there is none.
 
         Changes nothing that the step now running looks at: what follows from it for the monitors is done by
         :meth:`settle`.
@@ -162,7 +174,6 @@ class MonitorLane:
             except Exception as error:
                 faults[monitor.name] = self._told(monitor, "readings", error)
         facts = self._facts.pop(delivery.step)
-        self._facts.clear()
         frame = Frame(
             step=delivery.step,
             lane=self.name,
@@ -176,7 +187,13 @@ class MonitorLane:
         )
         ranks = world_size()
         costs = delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks
-        return Received(frame, costs, found, faults)
+        return Received(frame, costs, found, faults, delivery.calm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"screen": self._lane.screen.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lane.screen.load_state_dict(state["screen"])
 
     def settle(self, received: Received) -> None:
         """Switches off monitors that failed, on all ranks at this step, and shows the others what they measured."""

@@ -88,9 +88,10 @@ class Outlet:
     def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
         """Takes one frame to be written and tells what it brought up."""
         if self._panels is not None:
-            self.write_due()  # where nobody does it beside a training step
+            if len(self._unwritten) >= 2 * BATCH:  # nobody does it beside a training step
+                self._write()
             self._unwritten.append(frame)
-            self._due = frame.lane == "slow" or len(self._unwritten) >= BATCH
+            self._due = self._due or frame.lane == "slow" or len(self._unwritten) >= BATCH
             if alerts:
                 self._write()
                 self._panels.alerts(alerts, frame.step)

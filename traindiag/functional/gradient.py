@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_PLAIN = {(Tensor, torch.float32, torch.strided)}
+
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -28,7 +30,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0)
-    if all(type(t) is Tensor and t.dtype is torch.float32 and t.layout is torch.strided for t in tensors):
+    if {(type(t), t.dtype, t.layout) for t in tensors} == _PLAIN:
         found = torch._foreach_norm(list(tensors))
     else:
         local = [_local(t) for t in tensors]

@@ -247,7 +247,8 @@ class _Track:
         self.ranks = False
         self.bad = False
         self.version = 1
-        self.rows: list[NDArray[np.float32]] = []
+        self.rows: list[tuple[FloatArray, BoolArray]] = []
+        self.senders: list[IntArray] = []
         self.steps: list[int] = []
         self._describe()
 
@@ -279,13 +280,12 @@ class _Track:
         bad = self.every > 1 and bool((reading.seen & ~np.isfinite(reading.values)).any())
         if step % self.every == 0 or bad != self.bad or not (self.described or self.steps):
             values, seen = self.order.spread(reading.cells, reading.values[None], reading.seen[None])
-            row = mark(values[0], seen[0])
+            self.rows.append((values[0], seen[0]))
             if self.ranks:
-                senders = np.full(len(self.order.cells), -1, np.float32)
+                senders = np.full(len(self.order.cells), -1, np.int64)
                 if ranks is not None:
                     senders[self.order.places(reading.cells)] = ranks
-                row = np.concatenate([row, senders])
-            self.rows.append(row)
+                self.senders.append(senders)
             self.steps.append(step)
         self.bad = bad
         if self.steps and (len(self.steps) == self.most or step == self.steps[0] + CHUNK_STEPS - 1):
@@ -296,9 +296,13 @@ class _Track:
         if not self.steps:
             return []
         at = self.steps[-1]
-        table = np.empty((len(self.rows), 1 + len(self.rows[0])), np.float32)
+        n = len(self.rows[0][0])  # there may be more cells by now
+        table = np.empty((len(self.rows), 1 + n * (1 + bool(self.senders))), np.float32)
         table[:, 0] = at - np.array(self.steps)
-        table[:, 1:] = self.rows
+        values, seen = (np.stack(columns) for columns in zip(*self.rows))
+        table[:, 1 : 1 + n] = mark(values, seen)
+        if self.senders:
+            table[:, 1 + n :] = self.senders
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in table.shape])
         value = Summary.Value(
             tag=PREFIX + self.signal.name + (f"/{self.version}" if self.version > 1 else ""),
@@ -307,7 +311,7 @@ class _Track:
         if not self.described or len(self.content) <= INLINE_BYTES:
             value.metadata.CopyFrom(_metadata(self.content))
             self.described = True
-        self.rows, self.steps = [], []
+        self.rows, self.senders, self.steps = [], [], []
         return [(at, value)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -298,10 +299,25 @@ class History(Mapping[str, Series]):
         """Bytes allocated by all series."""
         return sum(s.nbytes for s in self._series.values())
 
-    def append(self, frame: Frame) -> None:
-        """Adds every reading of a frame."""
-        for reading in frame.readings.values():
-            self.add(frame.step, reading, frame.segment)
+    def append(self, *frames: Frame) -> None:
+        """Adds every reading of some frames, in order; several at once cost little more than one."""
+        rows: dict[str, list[tuple[int, Reading, int]]] = {}
+        for frame in frames:
+            for name, reading in frame.readings.items():
+                rows.setdefault(name, []).append((frame.step, reading, frame.segment))
+        for same_signal in rows.values():
+            for _, alike in groupby(same_signal, key=lambda row: (row[1].cells.digest, row[2])):
+                self._add(list(alike))
+
+    def _add(self, rows: Sequence[tuple[int, Reading, int]]) -> None:
+        """Rows of one signal, with the same cells and of one segment."""
+        steps, readings, segments = zip(*rows)
+        if any(a >= b for a, b in pairwise(steps)):
+            for step, reading, segment in rows:
+                self.add(step, reading, segment)
+            return
+        values, seen = np.stack([r.values for r in readings]), np.stack([r.seen for r in readings])
+        self.extend(readings[0].signal, np.array(steps), readings[0].cells, values, seen, segments[0])
 
     def add(self, step: int, reading: Reading, segment: int = 0) -> None:
         """Adds one reading; a step that was there before replaces it and all later ones."""

@@ -39,6 +39,7 @@ class NonFinite(Rule):
     """
 
     signals: tuple[str, ...] = ()  # none in particular: it reads every signal
+    patient = True
 
     def __init__(self, *, scaler_patience: int = 20, name: str = "nonfinite") -> None:
         arguments.at_least(0, scaler_patience=scaler_patience)

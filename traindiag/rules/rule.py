@@ -67,6 +67,11 @@ class Rule(ABC):
     name: str
     signals: tuple[str, ...]
     """Names of the signals that it reads, checked when the run is set up."""
+    patient: bool = False
+    """Whether it may see a step up to 16 steps late while nothing that is measured every step stirs: no sum is not
+    finite, has grown fourfold (a norm twofold) over its recent level, or is no longer zero. Frames keep their order
+    and their step.
+    """
 
     @abstractmethod
     def update(self, frame: Frame) -> Sequence[Verdict]:

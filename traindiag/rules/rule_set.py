@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from traindiag.record.catalogue import BY_NAME
 from traindiag.record.frame import Frame
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule, Verdict
@@ -38,8 +39,11 @@ class RuleSet:
         self.rules = sorted(rules, key=lambda rule: not isinstance(rule, NonFinite))
         self.faults: dict[str, str] = {}
         """Rules that were switched off, with the reason."""
+        self.patient = all(rule.patient for rule in self.rules if not _reads_samples_only(rule))
+        """Whether no rule on what is measured every step has to see each step at once."""
         self._on_fault, self._strict = on_fault, strict
         self._met: set[str] = set()
+        self._interested: dict[tuple[str, ...], list[Rule]] = {}
         names = [rule.name for rule in self.rules]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -47,12 +51,15 @@ class RuleSet:
 
     def update(self, frame: Frame) -> list[Verdict]:
         """Judges one frame."""
-        signals = frame.readings.keys()
-        if not signals <= self._met:
-            self._met |= signals
+        signals = tuple(frame.readings)
+        interested = self._interested.get(signals)
+        if interested is None:  # a run has few different sets of signals
+            interested = [r for r in self.rules if not r.signals or not set(r.signals).isdisjoint(signals)]
+            self._interested[signals] = interested
+            self._met |= set(signals)
         verdicts: list[Verdict] = []
-        for rule in self.rules:
-            if rule.name in self.faults or (rule.signals and signals.isdisjoint(rule.signals)):
+        for rule in interested:
+            if rule.name in self.faults:
                 continue
             try:
                 verdicts += rule.update(frame)
@@ -90,3 +97,7 @@ class RuleSet:
         self.faults[rule.name] = f"{type(error).__name__}: {error}"
         if self._on_fault is not None:
             self._on_fault(rule.name, error)
+
+
+def _reads_samples_only(rule: Rule) -> bool:
+    return bool(rule.signals) and all(name in BY_NAME and BY_NAME[name].lane == "slow" for name in rule.signals)

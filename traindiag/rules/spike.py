@@ -23,6 +23,9 @@ JUDGED_BY_SPREAD = 16
 RECENT = 8
 """Values that the level is taken from: few, because a young run's gradient norm may fall by half in as many steps."""
 
+PATIENT_FACTOR = 4.0
+"""What grows by this much over its recent level is judged at once anyway."""
+
 
 class Spike(Rule):
     """Speaks when a value stands out of its own recent past, on a logarithmic scale.
@@ -84,6 +87,7 @@ class Spike(Rule):
         self.signals = (signal,) if otherwise is None else (signal, otherwise)
         self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
         self.where, self.severity = where, severity
+        self.patient = factor >= PATIENT_FACTOR
         self.name = name or f"{signal} spike" + ("" if where == "*" else f" at {where}")
         self._log_factor = float(np.log(factor))
         self._table = CellTable(where, logs=(window, np.nan), recent=(RECENT, np.nan), count=0, active=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from traindiag.transfer.keys import UNSEEN, decode, encode
 from traindiag.transfer.layout import Layout, Slot, negotiate
 from traindiag.transfer.ranks import rank, world_size
+from traindiag.transfer.screen import Screen
 from traindiag.transfer.states import Group, Key, Reduced
 
 
@@ -27,11 +28,13 @@ class Delivery:
         step: The step that was measured.
         header: Header numbers, each summed over ranks.
         states: Reduced states by group key.
+        calm: Whether it may have waited, because nothing in it could not wait.
     """
 
     step: int
     header: Mapping[str, float]
     states: Mapping[Key, Reduced]
+    calm: bool = False
 
 
 class Lane:
@@ -41,6 +44,8 @@ class Lane:
     rank lacks is sent as the identity, a cell that the layout lacks is counted in the header and held back. When the
     header tells that any rank held something back, all ranks agree on a wider layout and send that step again, so
     nothing is lost. Both happen on the same step everywhere because both follow from reduced numbers only.
+
+    A message that tells of nothing urgent may be put on a shelf and received later with others, in order.
 
     Args:
         device: Where states live.
@@ -53,7 +58,10 @@ class Lane:
         self.header = ("held_back", *header)
         self.layout: dict[Key, Slot] | None = None
         self._sums_only = sums_only
-        self._places: list[tuple[Key, Slot, slice, int]] = []
+        self._places: _Places = []
+        self._shelf: deque[tuple[int, Tensor, _Places]] = deque()
+        self.screen = Screen()
+        """What tells whether a message can wait."""
         self._indices: dict[tuple[Key, str], Tensor] = {}
         self._ones: dict[int, Tensor] = {}
         self._sent: _Sent | None = None
@@ -64,7 +72,24 @@ class Lane:
     @property
     def pending(self) -> bool:
         """Whether a step waits to be received."""
-        return self._sent is not None
+        return bool(self._shelf) or self._sent is not None
+
+    @property
+    def shelved(self) -> int:
+        """Steps on the shelf."""
+        return len(self._shelf)
+
+    def shelve(self) -> bool:
+        """Puts the step that was sent last on the shelf; False where it has to be received now.
+
+        It has where its numbers stir, its header says anything, or it carries maxima. Waits for other ranks.
+        """
+        sent = self._sent
+        if sent is None or not self._sums_only or not self._is_calm(sent):
+            return False
+        self._sent = None
+        self._shelf.append((sent.step, sent.wait()[0], self._places))
+        return True
 
     def send(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> None:
         """Starts the reduction of one step. Returns at once except when the layout has to be agreed on."""
@@ -75,19 +100,22 @@ class Lane:
         self._sent = self._launch(step, groups, header)
 
     def ready(self) -> bool:
-        """Waits for the step that was sent last; whether it is there and asks for no wider layout.
+        """Waits for the next step to be received; whether it is there and asks for no wider layout.
 
         Then :meth:`receive` starts no collective and may be called from any thread.
         """
-        return self._sent is not None and self._sent.wait()[0][0] == 0
+        return bool(self._shelf) or (self._sent is not None and float(self._sent.wait()[0][0]) == 0)
 
     def receive(self, patience: float | None = None) -> Delivery | None:
-        """The step that was sent last, or None where there is none.
+        """The oldest step on the shelf or else the one that was sent last, or None where there is none.
 
         Args:
             patience: Seconds to wait for other ranks. After an exception they may never answer: what has not come by
                 then is given up, and no new collective is started. None waits as long as the process group does.
         """
+        if self._shelf:
+            step, sums, places = self._shelf.popleft()
+            return Delivery(step, dict.fromkeys(self.header, 0.0), _unpack(places, _array(sums), None), calm=True)
         sent, self._sent = self._sent, None
         if sent is None or (patience is not None and not sent.arrives_within(patience)):
             return None
@@ -96,9 +124,17 @@ class Lane:
             if patience is not None and world_size() > 1:
                 return None
             self._agree(sent.groups)
+            sent.calm = False
             sums, keys = self._launch(sent.step, sent.groups, sent.header).wait()
         header = dict(zip(self.header, sums[: len(self.header)].tolist()))
-        return Delivery(sent.step, header, self._unpack(sums, keys))
+        states = _unpack(self._places, _array(sums), None if keys is None else keys.numpy())
+        return Delivery(sent.step, header, states, calm=self._is_calm(sent))
+
+    def _is_calm(self, sent: _Sent) -> bool:
+        if sent.calm is None:
+            # nobody asks how a lane with maxima is doing
+            sent.calm = self._sums_only and not self.screen.stirs(sent.wait()[0].tolist())
+        return sent.calm
 
     def _agree(self, groups: Mapping[Key, Group]) -> None:
         self.layout = negotiate(self.layout or {}, groups, world_size())
@@ -108,14 +144,24 @@ class Lane:
             size = len(slot.cells) * (1 + len(slot.sums))
             self._places.append((key, slot, slice(at, at + size), key_at))
             at, key_at = at + size, key_at + len(slot.cells) * len(slot.maxima)
+        self.screen.lay_out(
+            [
+                ("header", len(self.header)),  # zero, unless it has something to say
+                *(
+                    (":".join((*key, state)), len(slot.cells))
+                    for key, slot in self.layout.items()
+                    for state in ("seen", *slot.sums)
+                ),
+            ]
+        )
 
     def _launch(self, step: int, groups: Mapping[Key, Group], header: Mapping[str, float]) -> _Sent:
         layout = self.layout or {}
-        held_back = sum(1 for key, group in groups.items() if key not in layout or not layout[key].covers(group))
-        sums = torch.cat([self._head(held_back, header), *self._sum_parts(layout, groups)])
+        fitting = {key: group for key, group in groups.items() if key in layout and layout[key].covers(group)}
+        sums = torch.cat([self._head(len(groups) - len(fitting), header), *self._sum_parts(layout, fitting)])
         keys = None
         if not self._sums_only:
-            parts = list(self._key_parts(layout, groups, rank()))
+            parts = list(self._key_parts(layout, fitting, rank()))
             keys = torch.cat(parts) if parts else None
         return _Sent(step, groups, header, sums, keys)
 
@@ -126,11 +172,11 @@ class Lane:
         numbers = [float(held_back), *(header.get(name, 0.0) for name in self.header[1:])]
         return torch.tensor(numbers, dtype=self._float).to(self.device, non_blocking=True)
 
-    def _sum_parts(self, layout: Layout, groups: Mapping[Key, Group]) -> Iterable[Tensor]:
+    def _sum_parts(self, layout: Layout, fitting: Mapping[Key, Group]) -> Iterable[Tensor]:
         for key, slot in layout.items():
-            group = groups.get(key)
+            group = fitting.get(key)
             n = len(slot.cells)
-            if group is None or not slot.covers(group):
+            if group is None:
                 yield torch.zeros(n * (1 + len(slot.sums)), dtype=self._float, device=self.device)
                 continue
             index = self._index(key, slot, group)
@@ -146,13 +192,13 @@ class Lane:
                 block[row, index] = self._wide(group.sums[name])
             yield block.flatten()
 
-    def _key_parts(self, layout: Layout, groups: Mapping[Key, Group], sender: int) -> Iterable[Tensor]:
+    def _key_parts(self, layout: Layout, fitting: Mapping[Key, Group], sender: int) -> Iterable[Tensor]:
         for key, slot in layout.items():
             if not slot.maxima:
                 continue
             n = len(slot.cells)
-            group = groups.get(key)
-            if group is None or not slot.covers(group):
+            group = fitting.get(key)
+            if group is None:
                 yield torch.full((n * len(slot.maxima),), UNSEEN, dtype=torch.int64, device=self.device)
                 continue
             index = self._index(key, slot, group)
@@ -185,21 +231,29 @@ class Lane:
             cached = self._indices[key, group.cells.digest] = torch.tensor(places, device=self.device)
         return cached
 
-    def _unpack(self, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[Key, Reduced]:
-        states: dict[Key, Reduced] = {}
-        for key, slot, place, key_at in self._places:
-            n = len(slot.cells)
-            rows = sums[place].reshape(-1, n)
-            seen = rows[0] > 0
-            if not seen.any():
-                continue
-            maxima: dict[str, NDArray[np.float32]] = {}
-            ranks: dict[str, NDArray[np.int64]] = {}
-            for row, name in enumerate(slot.maxima):
-                assert keys is not None
-                maxima[name], ranks[name] = decode(keys[key_at + row * n : key_at + (row + 1) * n])
-            states[key] = Reduced(slot.cells, seen, dict(zip(slot.sums, rows[1:])), maxima, ranks)
-        return states
+
+_Places = list[tuple[Key, Slot, slice, int]]
+
+
+def _array(sums: Tensor) -> NDArray[np.float64]:
+    return sums.numpy().astype(np.float64, copy=False)
+
+
+def _unpack(places: _Places, sums: NDArray[np.float64], keys: NDArray[np.int64] | None) -> dict[Key, Reduced]:
+    states: dict[Key, Reduced] = {}
+    for key, slot, place, key_at in places:
+        n = len(slot.cells)
+        rows = sums[place].reshape(-1, n)
+        seen = rows[0] > 0
+        if not seen.any():
+            continue
+        maxima: dict[str, NDArray[np.float32]] = {}
+        ranks: dict[str, NDArray[np.int64]] = {}
+        for row, name in enumerate(slot.maxima):
+            assert keys is not None
+            maxima[name], ranks[name] = decode(keys[key_at + row * n : key_at + (row + 1) * n])
+        states[key] = Reduced(slot.cells, seen, dict(zip(slot.sums, rows[1:])), maxima, ranks)
+    return states
 
 
 class _Sent:
@@ -214,9 +268,9 @@ class _Sent:
         keys: Tensor | None,
     ) -> None:
         self.step, self.groups, self.header = step, groups, header
+        self.calm: bool | None = None
         self._sums = _Transfer(sums, maximum=False)
         self._keys = None if keys is None else _Transfer(keys, maximum=True)
-        self._arrived: tuple[NDArray[np.float64], NDArray[np.int64] | None] | None = None
 
     def arrives_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -226,11 +280,8 @@ class _Sent:
             time.sleep(0.01)
         return True
 
-    def wait(self) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        if self._arrived is None:
-            sums = self._sums.wait().astype(np.float64, copy=False)
-            self._arrived = sums, None if self._keys is None else self._keys.wait()
-        return self._arrived
+    def wait(self) -> tuple[Tensor, Tensor | None]:
+        return self._sums.wait(), None if self._keys is None else self._keys.wait()
 
 
 class _Transfer:
@@ -257,9 +308,13 @@ class _Transfer:
             return bool(self._event.query())  # type: ignore[no-untyped-call]
         return self._work is None or self._work.is_completed()
 
-    def wait(self) -> NDArray[Any]:
+    def wait(self) -> Tensor:
+        """The numbers, on the host; at once when asked again."""
         if self._event is not None:
             self._event.synchronize()
         elif self._work is not None:
             self._work.wait()
-        return self._tensor.detach().cpu().numpy()
+        self._event = self._work = None
+        if self._tensor.device.type != "cpu":
+            self._tensor = self._tensor.cpu()
+        return self._tensor
