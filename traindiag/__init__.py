@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
+    from traindiag.playback.replay import Replay, replay
+    from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
     from traindiag.record.frame import Frame, Reading
     from traindiag.record.preflight import Preflight
@@ -48,6 +50,7 @@ __all__ = [
     "Preflight",
     "Reading",
     "Remedy",
+    "Replay",
     "Rule",
     "RunInfo",
     "Series",
@@ -60,6 +63,8 @@ __all__ = [
     "Trend",
     "Verdict",
     "preflight",
+    "replay",
+    "replay_series",
 ]
 
 _HOMES = {
@@ -70,6 +75,8 @@ _HOMES = {
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.playback.replay": ("Replay", "replay"),
+    "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
     "traindiag.record.frame": ("Frame", "Reading"),
     "traindiag.record.preflight": ("Preflight",),
