@@ -1,7 +1,7 @@
 """Fate and onset of every run, from its losses and those of its control, and from nothing else.
 
-What decides is in ``protocol.toml``; what is read are the loss files of a folder, one a run, each with the losses of a
-run, step by step, and whose control, reference and cure it is. Neither torch nor traindiag is imported here, so no
+What decides is in ``protocol.toml``. What is read are the loss files of a folder, one a run, each with the losses of
+a run, step by step, and whose control, reference and cure it is. Neither torch nor traindiag is imported here, so no
 signal can enter.
 """
 
@@ -51,6 +51,7 @@ class Losses:
         kind: Name of the fault, ``"none"`` for a run that is expected to be well.
         cure: Name of the remedy where this is a cured twin, with ``cure_of``, the name of the run that it cures.
         cure_of: See ``cure``.
+        control_is: Name of the remedy that leads from this run to its control.
         injected_at: Step of an injected fault.
         split: ``tuning`` or ``reporting``.
         row: Row of the published table.
@@ -66,6 +67,7 @@ class Losses:
     kind: str = "none"
     cure: str | None = None
     cure_of: str | None = None
+    control_is: str | None = None
     injected_at: int | None = None
     split: str = ""
     row: str = ""
@@ -208,7 +210,7 @@ def judge_all(runs: Mapping[str, Losses], constants: Mapping[str, Any]) -> dict[
         ValueError: If the control of a run is missing.
     """
     rules, cuts = constants["fate"], constants["fate"]["other_cuts"]
-    families = constants["cures"]
+    families = {name: cure["family"] for name, cure in constants["cure"].items()}
     references = defaultdict(list)
     for run in runs.values():
         if run.control == run.name:
@@ -220,11 +222,19 @@ def judge_all(runs: Mapping[str, Losses], constants: Mapping[str, Any]) -> dict[
             raise ValueError(f"{run.name} is compared with {other} of {run.reference}, which has not been run")
         return judge(run.whole(), runs[other].whole(), scales[run.reference], rules, cut)
 
-    fates = {name: against(run, run.control, rules["cut"]) for name, run in runs.items()}
-    twins = defaultdict(list)
+    def fate_of(run: Losses, cut: float) -> Fate:
+        if run.control == run.name:
+            peers = [r.whole() for r in references[run.reference] if r is not run]
+            return _as_control(run.whole(), peers, scales[run.reference], rules, cut)
+        return against(run, run.control, cut)
+
+    fates = {name: fate_of(run, rules["cut"]) for name, run in runs.items()}
+    twins: dict[str, dict[str, Losses]] = defaultdict(dict)
     for run in runs.values():
-        if run.cure_of is not None:
-            twins[run.cure_of].append(run)
+        if run.cure is not None and run.cure_of is not None:
+            twins[run.cure_of][run.cure] = run
+        if run.control_is is not None:
+            twins[run.name][run.control_is] = runs[run.control]
     return {
         name: {
             "fate": fates[name].fate,
@@ -232,7 +242,7 @@ def judge_all(runs: Mapping[str, Losses], constants: Mapping[str, Any]) -> dict[
             "strict": fates[name].strict,
             "material": fates[name].material,
             "clock": _clock(run, fates[name], rules),
-            **{f"fate_at_{cut}": against(run, run.control, cut).fate for cut in cuts},
+            **{f"fate_at_{cut}": fate_of(run, cut).fate for cut in cuts},
             "drop": _plain(scales[run.reference].drop),
             "reference_seeds": scales[run.reference].seeds,
             "kind": run.kind,
@@ -250,10 +260,18 @@ def judge_all(runs: Mapping[str, Losses], constants: Mapping[str, Any]) -> dict[
     }
 
 
+def _as_control(losses: Floats, peers: list[Floats], scale: Scale, rules: Mapping[str, float], cut: float) -> Fate:
+    """A control has no control; the mean of those of the other seeds, on other batches, shows whether it failed."""
+    if not peers:
+        return Fate("healthy", 0.0)
+    found = judge(losses, np.mean(peers, axis=0), scale, rules, cut)
+    return found if found.failed and found.fate != "spiked" else Fate("healthy", found.tail_excess)
+
+
 def _cures(
     run: Losses,
     fates: Mapping[str, Fate],
-    twins: Iterable[Losses],
+    twins: Mapping[str, Losses],
     families: Mapping[str, str],
     rules: Mapping[str, float],
     against: Any,
@@ -265,12 +283,12 @@ def _cures(
     if not fate.failed:
         return {"families": [], "cures": {}}
     found: dict[str, Any] = {}
-    for twin in twins:
+    for cure, twin in twins.items():
         cured = fates[twin.name]
         third = fate.fate != "spiked" and cured.tail_excess <= (1 - rules["cured"]) * fate.tail_excess
         works = cured.fate == "healthy" or (third and cured.fate != "diverged")
         onset = against(run, twin.name, rules["cut"]) if works else Fate("", math.nan)
-        found[str(twin.cure)] = {
+        found[cure] = {
             "run": twin.name,
             "fate": cured.fate,
             "works": works,

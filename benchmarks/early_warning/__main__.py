@@ -1,0 +1,143 @@
+"""The zoo from the command line.
+
+python -m benchmarks.early_warning plan                                  # how many runs of which kind, and steps
+python -m benchmarks.early_warning run --split tuning --jobs 2           # trains what is missing
+python -m benchmarks.early_warning fates                                 # writes fates.json from the losses alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import shutil
+import traceback
+from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+from benchmarks.early_warning.fates import FAILED, PROTOCOL, judge_all, protocol, read_folder
+from benchmarks.early_warning.zoo import Run, zoo
+
+HERE = Path(__file__).parent
+RUNS = HERE / "runs"
+FATES = HERE / "fates.json"
+SPLITS = ("tuning", "reporting")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 1 if a run could not be trained."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.early_warning", description=__doc__)
+    parser.add_argument("command", choices=["plan", "run", "fates"])
+    parser.add_argument("--split", choices=SPLITS, action="append", help="one or both; both if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", default="*", help="glob over names of runs")
+    parser.add_argument("--folder", type=Path, default=RUNS, help="where stored runs are")
+    parser.add_argument("--no-log", action="store_true", help="losses only, for looking at fates in a folder apart")
+    given = parser.parse_args(arguments)
+    plan = [
+        run
+        for split in given.split or SPLITS
+        for run in zoo(protocol(), split)
+        if fnmatch.fnmatchcase(run.name, given.only)
+    ]
+    if given.command == "plan":
+        print_plan(plan)
+    elif given.command == "run":
+        return train_all(plan, given.folder, given.jobs, log=not given.no_log)
+    else:
+        write_fates(given.folder, FATES if given.folder == RUNS else given.folder / "fates.json")
+    return 0
+
+
+def print_plan(plan: list[Run]) -> None:
+    """Runs and steps by setting and kind."""
+    rows: Counter[tuple[str, str, str]] = Counter()
+    steps: Counter[tuple[str, str, str]] = Counter()
+    for run in plan:
+        kind = "cured twin" if run.cure else "control" if run.control == run.name else run.kind
+        key = (run.split, run.name.partition(".")[0], kind)
+        rows[key] += 1
+        steps[key] += run.recipe.steps
+    for key in rows:
+        print(f"{key[0]:10} {key[1]:14} {key[2]:22} {rows[key]:5} runs {steps[key]:8,} steps")
+    print(f"{len(plan)} runs, {sum(steps.values()):,} steps, {len({r.configuration for r in plan})} configurations")
+
+
+def train_all(plan: list[Run], folder: Path, jobs: int, *, log: bool = True) -> int:
+    """Trains what is missing, some at a time; gives the number of failures, each of which is printed.
+
+    Args:
+        plan: What there is to be.
+        folder: Where it is stored.
+        jobs: Processes, of one thread each.
+        log: Whether signals are measured.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    shutil.rmtree(folder / "part", ignore_errors=True)
+    missing = [run for run in plan if not (folder / "losses" / f"{run.name}.json").exists()]
+    print(f"{len(plan)} runs, {len(plan) - len(missing)} of them stored already")
+    failures = 0
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} % of steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    # no file descriptors and no torch state are inherited
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    with pool, Progress(*columns, speed_estimate_period=300) as progress:
+        bar = progress.add_task("training", total=sum(run.recipe.steps for run in missing))
+        left = iter(missing)
+        under_way: dict[Future[float], Run] = {}
+        while True:
+            while len(under_way) < 2 * jobs and (run := next(left, None)) is not None:
+                under_way[pool.submit(_train, run, folder, log)] = run
+            if not under_way:
+                return failures
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                if (error := future.exception()) is not None:
+                    failures += 1
+                    progress.console.print(f"{run.name}: {''.join(traceback.format_exception(error))}", markup=False)
+                progress.update(bar, advance=run.recipe.steps, description=run.name)
+
+
+def _train(run: Run, folder: Path, log: bool) -> float:
+    from benchmarks.early_warning.train import train
+
+    return train(run, folder, diagnostics=log)
+
+
+def write_fates(folder: Path, path: Path) -> None:
+    """Judges all runs whose losses are stored and prints how many came to what, by kind."""
+    runs = read_folder(folder / "losses")
+    fates = judge_all(runs, protocol())
+    digest = hashlib.sha256(PROTOCOL.read_bytes()).hexdigest()[:16]
+    path.write_text(json.dumps({"protocol": digest, "runs": fates}, indent=0) + "\n")
+    table: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    for name, told in fates.items():
+        kind = "cured twin" if told["cure"] else told["kind"]
+        table[told["split"], name.partition(".")[0], kind][told["fate"]] += 1
+    for key in sorted(table):
+        print(f"{key[0]:10} {key[1]:14} {key[2]:22} " + ", ".join(f"{n} {f}" for f, n in table[key].most_common()))
+    healthy = [t for t in fates.values() if t["fate"] == "healthy" and t["injected_at"] is None]
+    failed = Counter(t["kind"] for t in fates.values() if t["fate"] in FAILED and not t["cure"])
+    print(f"{len(healthy)} healthy runs of {len({t['configuration'] for t in healthy})} configurations,")
+    print(f"{sum(t['steps'] for t in healthy):,} healthy steps; failing by kind: {dict(failed)}")
+    clocks = Counter(t["clock"] for t in fates.values() if t["fate"] in FAILED and not t["cure"])
+    grey = sum(t["fate"] in ("grey", "slow") for t in fates.values()) / max(1, len(fates))
+    print(f"clocks: {dict(clocks)}; grey or slow: {grey:.0%}")
+    for name, told in fates.items():
+        others = {told[key] for key in told if key.startswith("fate_at_")} | {told["fate"]}
+        if "healthy" in others and others & set(FAILED):
+            print(f"a defect of the protocol: {name} is both healthy and failed, by the cut")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
