@@ -11,14 +11,11 @@ import argparse
 import fnmatch
 import hashlib
 import json
-import multiprocessing
-import shutil
-import traceback
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.early_warning.fates import FAILED, PROTOCOL, judge_all, protocol, read_folder
+from benchmarks.early_warning.many import train_all
 from benchmarks.early_warning.zoo import Run, zoo
 
 HERE = Path(__file__).parent
@@ -64,54 +61,6 @@ def print_plan(plan: list[Run]) -> None:
     for key in rows:
         print(f"{key[0]:10} {key[1]:14} {key[2]:22} {rows[key]:5} runs {steps[key]:8,} steps")
     print(f"{len(plan)} runs, {sum(steps.values()):,} steps, {len({r.configuration for r in plan})} configurations")
-
-
-def train_all(plan: list[Run], folder: Path, jobs: int, *, log: bool = True) -> int:
-    """Trains what is missing, some at a time; gives the number of failures, each of which is printed.
-
-    Args:
-        plan: What there is to be.
-        folder: Where it is stored.
-        jobs: Processes, of one thread each.
-        log: Whether signals are measured.
-    """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    shutil.rmtree(folder / "part", ignore_errors=True)
-    missing = [run for run in plan if not (folder / "losses" / f"{run.name}.json").exists()]
-    print(f"{len(plan)} runs, {len(plan) - len(missing)} of them stored already")
-    failures = 0
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} % of steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    ]
-    # no file descriptors and no torch state are inherited
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    with pool, Progress(*columns, speed_estimate_period=300) as progress:
-        bar = progress.add_task("training", total=sum(run.recipe.steps for run in missing))
-        left = iter(missing)
-        under_way: dict[Future[float], Run] = {}
-        while True:
-            while len(under_way) < 2 * jobs and (run := next(left, None)) is not None:
-                under_way[pool.submit(_train, run, folder, log)] = run
-            if not under_way:
-                return failures
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                run = under_way.pop(future)
-                if (error := future.exception()) is not None:
-                    failures += 1
-                    progress.console.print(f"{run.name}: {''.join(traceback.format_exception(error))}", markup=False)
-                progress.update(bar, advance=run.recipe.steps, description=run.name)
-
-
-def _train(run: Run, folder: Path, log: bool) -> float:
-    from benchmarks.early_warning.train import train
-
-    return train(run, folder, diagnostics=log)
 
 
 def write_fates(folder: Path, path: Path) -> None:

@@ -56,6 +56,7 @@ class Losses:
         split: ``tuning`` or ``reporting``.
         row: Row of the published table.
         configuration: Name that runs share that differ in their seed only.
+        recipe: Digest of how it was trained.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Losses:
     split: str = ""
     row: str = ""
     configuration: str = ""
+    recipe: str = ""
 
     @classmethod
     def read(cls, path: Path) -> Losses:
@@ -185,7 +187,7 @@ def judge(losses: Floats, control: Floats, scale: Scale, rules: Mapping[str, flo
 
     broken = _first(losses >= _HUGE)
     above = _first_stretch(smooth > max(scale.initial, float(losses[0])) + cut * drop, window)
-    spikes = _spikes(losses, raw, smooth, window, cut * drop)
+    spike = _first_spike(losses, raw, smooth, window, cut * drop, int(rules["spike_steps"]))
 
     if broken is not None or above is not None:
         fate, material = "diverged", min(s for s in (risen, broken, above) if s is not None)
@@ -193,8 +195,8 @@ def judge(losses: Floats, control: Floats, scale: Scale, rules: Mapping[str, flo
         fate, material = "stuck", risen if risen is not None else _first(rise > cut)
     elif tail > cut:
         fate, material = ("slow", None) if risen is None else ("degraded", risen)
-    elif len(spikes) >= rules["spike_steps"]:
-        fate, material = "spiked", int(spikes[0])
+    elif spike is not None:
+        fate, material = "spiked", spike
     else:
         fate, material = ("grey" if tail > rules["healthy"] else "healthy"), None
     if material is None:
@@ -249,6 +251,7 @@ def judge_all(runs: Mapping[str, Losses], constants: Mapping[str, Any]) -> dict[
             "split": run.split,
             "row": run.row,
             "configuration": run.configuration,
+            "recipe": run.recipe,
             "control": run.control,
             "cure": run.cure,
             "cure_of": run.cure_of,
@@ -342,12 +345,17 @@ def _last_crossing(above: NDArray[np.bool_], until: int) -> int:
     return min(until, int(below[-1]) + 1 if len(below) else 0)
 
 
-def _spikes(losses: Floats, raw: Floats, smooth: Floats, window: int, height: float) -> NDArray[np.int64]:
-    """Steps that stand out against the control, the excess of the steps before, and the best loss so far."""
+def _first_spike(losses: Floats, raw: Floats, smooth: Floats, window: int, height: float, steps: int) -> int | None:
+    """First step of the first window in which ``steps`` steps stand out.
+
+    They do against the control, against the median excess of the window before, and against the best loss so far.
+    """
     before = np.concatenate([np.zeros(window), raw])[:-1]
     recent = np.median(np.lib.stride_tricks.sliding_window_view(before, window), axis=1)
     best = np.concatenate([[np.inf], np.minimum.accumulate(smooth)[:-1]])
-    return np.flatnonzero((raw > height) & (raw - recent > height) & (losses - best > height / 2))
+    out = np.flatnonzero((raw > height) & (raw - recent > height) & (losses - best > height / 2))
+    near = np.flatnonzero(out[steps - 1 :] - out[: len(out) - steps + 1] < window)
+    return int(out[near[0]]) if len(near) else None
 
 
 def _plain(value: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,7 +165,7 @@ class ConvNet(nn.Module):
                 _ACTIVATIONS[recipe.activation](),
                 *([nn.MaxPool2d(2)] if i in (1, 3) else []),
             )
-            for i, (a, b) in enumerate(_pairs(channels))
+            for i, (a, b) in enumerate(itertools.pairwise(channels))
         )
         side = SIDE // 2 ** sum(i in (1, 3) for i in range(recipe.depth))
         self.head = nn.Linear(recipe.width * side * side, CLASSES)
@@ -199,7 +201,7 @@ class MLP(nn.Module):
         sizes = [SIDE * SIDE] + [recipe.width] * recipe.depth
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b), _ACTIVATIONS[recipe.activation]())
-            for a, b in _pairs(sizes)
+            for a, b in itertools.pairwise(sizes)
         )
         self.head = nn.Linear(recipe.width, CLASSES)
 
@@ -209,10 +211,6 @@ class MLP(nn.Module):
             x = block(x)
         logits: Tensor = self.head(x)
         return logits
-
-
-def _pairs(values: list[int]) -> list[tuple[int, int]]:
-    return list(zip(values, values[1:]))
 
 
 def head_of(model: nn.Module) -> nn.Module:

@@ -95,6 +95,7 @@ def _header(run: Run) -> dict[str, object]:
         "split": run.split,
         "row": run.row,
         "configuration": run.configuration,
+        "recipe": run.recipe.digest(),
     }
 
 

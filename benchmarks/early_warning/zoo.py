@@ -6,6 +6,7 @@ Everything follows from ``protocol.toml``; nothing here trains, and nothing impo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,10 @@ class Recipe:
     quiet: float = 0.0
     inject: str | None = None
     inject_at: int | None = None
+
+    def digest(self) -> str:
+        """Tells recipes apart; a stored run of another recipe is trained again."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
     def with_changes(self, changes: Table) -> Recipe:
         """A recipe in which ``changes`` replace fields.

@@ -134,12 +134,13 @@ def test_a_rise_that_does_not_last_is_no_material_onset() -> None:
     assert fate(control() + bump + ramp(300, 320, 1.0)).material == pytest.approx(308, abs=2)
 
 
-def test_spikes_need_three_steps_and_stand_out() -> None:
+@pytest.mark.parametrize(
+    ("steps", "told"), [((100, 105), "healthy"), ((100, 105, 110), "spiked"), ((100, 105, 113), "healthy")]
+)
+def test_a_spike_is_three_steps_of_one_window(steps: tuple[int, ...], told: str) -> None:
     excess = np.zeros(STEPS)
-    excess[[100, 200]] = 2.0
-    assert fate(control() + excess).fate == "healthy"
-    excess[300] = 2.0
-    assert fate(control() + excess).fate == "spiked"
+    excess[list(steps)] = 2.0
+    assert fate(control() + excess).fate == told
 
 
 def test_a_batch_that_is_hard_for_everyone_is_no_spike() -> None:
