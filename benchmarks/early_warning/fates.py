@@ -299,8 +299,9 @@ def _cures(
             "material": onset.material,
         }
     working = [cure for cure, twin in found.items() if twin["works"]]
-    named = sorted({families[cure] for cure in working if cure != "lower_lr"})
-    return {"families": named or (["optimizer"] if "lower_lr" in working else []), "cures": found}
+    named = {families[cure] for cure in working}
+    others = sorted(named - {"lower_lr"})
+    return {"families": others or (["optimizer"] if named else []), "cures": found}
 
 
 def _clock(run: Losses, fate: Fate, rules: Mapping[str, float]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +25,7 @@ def train_all(plan: list[Run], folder: Path, jobs: int, *, log: bool = True) -> 
     Args:
         plan: What there is to be.
         folder: Where it is stored.
-        jobs: Processes, of one thread each.
+        jobs: Processes, of one thread each; this one for 1.
         log: Whether signals are measured.
     """
     missing = [run for run in plan if not is_stored(run, folder)]
@@ -39,8 +39,9 @@ def train_all(plan: list[Run], folder: Path, jobs: int, *, log: bool = True) -> 
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
-    # no file descriptors and no torch state are inherited
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    pool: Executor = ThreadPoolExecutor(1)
+    if jobs > 1:  # spawned: no file descriptors and no torch state are inherited
+        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool, Progress(*columns, speed_estimate_period=300) as progress:
         bar = progress.add_task("training", total=sum(run.recipe.steps for run in missing))
         left = iter(missing)

@@ -62,9 +62,12 @@ def train(run: Run, folder: Path, *, diagnostics: bool = True) -> float:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     began = time.perf_counter()
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        losses = _losses(run, part / "log" if diagnostics else None)
+    try:
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            losses = _losses(run, part / "log" if diagnostics else None)
+    finally:
+        torch.set_flush_denormal(False)
     seconds = time.perf_counter() - began
     said = sorted({str(n.message) for n in notes if "traindiag" in str(n.message)})
     if said and diagnostics:

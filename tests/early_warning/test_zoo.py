@@ -152,7 +152,7 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
 def test_a_high_learning_rate_is_that_of_its_part() -> None:
     recipe = dataclasses.replace(TINY, peak_times=30.0, peak_on="attention")
     groups, _ = training._groups(build(recipe), recipe)
-    assert sorted((round(g["lr"], 6), len(g["params"])) for g in groups) == [(0.003, 11), (0.09, 2)]
+    assert sorted((round(g["lr"], 6), len(g["params"])) for g in groups) == [(0.003, 14), (0.09, 2)]
 
 
 # -- training ----------------------------------------------------------------------------------
