@@ -138,6 +138,8 @@ def _losses(run: Run, log: Path | None) -> list[float | None]:
             total = loss + recipe.z_loss * logits.logsumexp(-1).square().mean()
         if step < recipe.quiet * recipe.steps:
             total = QUIET * total
+        if recipe.fade != 1:
+            total = recipe.fade ** (step / recipe.steps) * total
         if watch is not None:
             watch.loss(loss)
             watch.before_backward()

@@ -46,6 +46,7 @@ class Recipe:
         init_gain: What the initial weights of all layers but the first and the last are multiplied by.
         activation: ``relu``, ``tanh`` or ``sigmoid`` where a family has a choice.
         quiet: Share of the run, from its beginning, in which gradients are a hundredth of what they are after it.
+        fade: What the size of the gradients is multiplied by, little by little, until the end of the run.
         inject: ``corrupt_batch``, ``label_flip``, ``nan`` or ``overflow``.
         inject_at: Its step.
     """
@@ -74,6 +75,7 @@ class Recipe:
     init_gain: float = 1.0
     activation: str = "relu"
     quiet: float = 0.0
+    fade: float = 1.0
     inject: str | None = None
     inject_at: int | None = None
 
