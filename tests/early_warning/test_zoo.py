@@ -40,6 +40,14 @@ def test_names_are_unique() -> None:
     assert [n for n, count in Counter(run.name for run in EVERY).items() if count > 1] == []
 
 
+def test_no_run_is_trained_twice() -> None:
+    """Under two names it would count twice."""
+    names: dict[object, list[str]] = defaultdict(list)
+    for run in EVERY:
+        names[run.recipe, run.seed].append(run.name)
+    assert [n for n in names.values() if len(n) > 1] == []
+
+
 def test_splits_share_no_configuration_no_seed_and_so_no_data_order() -> None:
     assert not {r.recipe for r in TUNING} & {r.recipe for r in REPORTING}
     assert not {r.seed for r in TUNING} & {r.seed for r in REPORTING}
