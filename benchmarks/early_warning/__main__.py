@@ -68,7 +68,8 @@ def write_fates(folder: Path, path: Path) -> None:
     runs = read_folder(folder / "losses")
     fates = judge_all(runs, protocol())
     digest = hashlib.sha256(PROTOCOL.read_bytes()).hexdigest()[:16]
-    path.write_text(json.dumps({"protocol": digest, "runs": fates}, indent=0) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(told)}" for name, told in fates.items())
+    path.write_text(f'{{"protocol": "{digest}", "runs": {{\n{lines}\n}}}}\n')
     table: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for name, told in fates.items():
         kind = "cured twin" if told["cure"] else told["kind"]
