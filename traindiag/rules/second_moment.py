@@ -24,9 +24,9 @@ USUAL_BETA2 = 0.999
 class StaleSecondMoment(Rule):
     """Speaks when RMS_t, the gradient in units of the second moment, comes near to what it can be at most.
 
-    Where all of a gradient is new, v = (1 - beta2) g^2 after the update, so RMS_t is at most 1 / sqrt(1 - beta2): 31.6
-    for beta2 = 0.999, but 4.5 for 0.95, where a fixed limit of 2.3 is half of the ceiling and met by ordinary noise.
-    A cell fails beyond ``above`` and beyond ``share`` of its optimizer's ceiling. In the first steps every gradient
+    Where all of a gradient is new, v = (1 - beta2) g^2 after the update, so RMS_t is at most 1 / sqrt(1 - beta2):
+    31.6 for beta2 = 0.999, but 4.5 for 0.95, where a fixed limit of 2.3 is half of that and met by ordinary noise. A
+    cell fails beyond ``above`` and beyond ``share`` of its optimizer's ceiling. In the first steps every gradient
     is new; they are not judged, and neither are those of the learning rate's warm-up.
 
     Args:

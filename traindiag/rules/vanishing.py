@@ -70,7 +70,7 @@ class Vanishing(Rule):
             low, high = float(reading.values[first]), float(reading.values[last])
             if not (reading.seen[first] and reading.seen[last] and np.isfinite(low) and np.isfinite(high)):
                 continue
-            vanishes = 0 < high and low < self.below and low < self.ratio * high
+            vanishes = high > 0 and low < self.below and low < self.ratio * high
             self._streak[stack] = self._streak.get(stack, 0) + 1 if vanishes else 0
             if self._streak[stack] >= self.persistence:
                 failing.append((low / high, first, last))
@@ -120,7 +120,8 @@ def ends_of_stacks(cells: Cells) -> dict[str, tuple[int, int]]:
     """Indices of the first and the last numbered block of each stack of at least two.
 
     Example:
-        >>> cells = Cells(("optimizer", "block"), (("a", "embed"), ("a", "blocks.0"), ("a", "blocks.1"), ("a", "head")))
+        >>> blocks = ["embed", "blocks.0", "blocks.1", "head"]
+        >>> cells = Cells(("optimizer", "block"), tuple(("a", block) for block in blocks))
         >>> ends_of_stacks(cells)
         {'a blocks': (1, 2)}
     """
