@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from traindiag.record.series import History, Series
     from traindiag.record.signal import Signal
     from traindiag.rules.forecast import Forecast
+    from traindiag.rules.growth import Growth
     from traindiag.rules.nonfinite import NonFinite
+    from traindiag.rules.output_drift import OutputDrift
     from traindiag.rules.rule import Rule, Verdict
+    from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
     from traindiag.rules.threshold import Threshold
     from traindiag.rules.trend import Trend
+    from traindiag.rules.vanishing import Vanishing
 
 __version__ = "0.1.0"
 
@@ -43,6 +47,7 @@ __all__ = [
     "Diagnostics",
     "Forecast",
     "Frame",
+    "Growth",
     "HFTrainingDiagnostics",
     "History",
     "Monitor",
@@ -90,6 +95,10 @@ _HOMES = {
     "traindiag.rules.spike": ("Spike",),
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
+    "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.second_moment": ("StaleSecondMoment",),
+    "traindiag.rules.output_drift": ("OutputDrift",),
+    "traindiag.rules.growth": ("Growth",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -602,5 +602,5 @@ class _Mode(TorchFunctionMode):
 
 
 def _copied_alone(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook to place on a module: ``deepcopy`` takes a function as it is, and a method with all that it belongs to."""
+    """A hook to place on a module: ``deepcopy`` takes a function as it is, a method with all that it belongs to."""
     return lambda *args, **kwargs: hook(*args, **kwargs)

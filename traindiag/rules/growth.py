@@ -57,6 +57,8 @@ class Growth(Rule):
         'reward/kl is 5, at least 4.5 times the 1 that it was at first, for 2 samples'
     """
 
+    patient = True  # it looks back over many steps
+
     def __init__(
         self,
         signal: str,

@@ -11,13 +11,17 @@ from traindiag.record.catalogue import near
 from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.default_pack import default_rules as default_pack
 from traindiag.rules.forecast import Forecast
+from traindiag.rules.growth import Growth
 from traindiag.rules.nonfinite import NonFinite
+from traindiag.rules.output_drift import OutputDrift
 from traindiag.rules.rule import Rule
 from traindiag.rules.rule_set import RuleSet
+from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.shift import Shift
 from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.trend import Trend
+from traindiag.rules.vanishing import Vanishing
 from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
 from traindiag.rules.yaml_file import read_keywords
 
@@ -29,6 +33,10 @@ RULES: Mapping[str, Callable[..., Any]] = {
         Spike,
         Trend,
         Shift,
+        Growth,
+        StaleSecondMoment,
+        OutputDrift,
+        Vanishing,
         NonFinite,
         StructuralZeros,
         Ungraded,

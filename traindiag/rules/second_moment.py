@@ -47,7 +47,7 @@ class StaleSecondMoment(Rule):
         after RMS_t of the embedding has risen.
     """
 
-    patient = False
+    patient = True  # twice the usual RMS_t stirs, and less is none
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class StaleSecondMoment(Rule):
             failing[:] = False
         if not (failing.any() or was.any()):
             return ()
-        self._table["active"] = now = np.where(seen & np.isfinite(values), failing, was & ~seen)
+        self._table["active"] = now = np.where(seen & np.isfinite(values), failing, was)
         if failing.any():
             at = int(np.argmax(np.where(failing, values / limits, 0)))
             value, others = float(values[at]), int(failing.sum()) - 1
