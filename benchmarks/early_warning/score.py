@@ -184,8 +184,8 @@ def as_text(scored: Told) -> str:
         for kind, row in scored.get(clock, {}).items():
             m, s = row["material"], row["strict"]
             lines.append(
-                f"{clock:4} {kind:18} {row['runs']:4} runs | material {m['recall']:4.0%} lead {m['median_lead']!s:>6} "
-                f"share {m['mean_lead_share']:.2f} family {m['right_family']}/{m['family_known']} | strict "
+                f"{clock:4} {kind:18} {row['runs']:4} runs | "
+                f"material {m['recall']:4.0%} lead {m['median_lead']!s:>6} share {m['mean_lead_share']:.2f} family {m['right_family']}/{m['family_known']} | strict "
                 f"{s['recall']:4.0%} lead {s['median_lead']!s:>6} share {s['mean_lead_share']:.2f} | late "
                 f"{row['warned_late']} never {len(row['never_warned'])}"
             )
