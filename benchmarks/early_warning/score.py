@@ -183,12 +183,13 @@ def as_text(scored: Told) -> str:
     for clock in ("slow", "fast"):
         for kind, row in scored.get(clock, {}).items():
             m, s = row["material"], row["strict"]
-            lines.append(
-                f"{clock:4} {kind:18} {row['runs']:4} runs | "
-                f"material {m['recall']:4.0%} lead {m['median_lead']!s:>6} share {m['mean_lead_share']:.2f} family {m['right_family']}/{m['family_known']} | strict "
-                f"{s['recall']:4.0%} lead {s['median_lead']!s:>6} share {s['mean_lead_share']:.2f} | late "
-                f"{row['warned_late']} never {len(row['never_warned'])}"
-            )
+            ahead = [
+                f"{onset} {o['recall']:4.0%}, lead {o['median_lead']}, share {o['mean_lead_share']:.2f}, "
+                f"family {o['right_family']}/{o['family_known']}"
+                for onset, o in (("material", m), ("strict", s))
+            ]
+            late = f"late {row['warned_late']}, never {len(row['never_warned'])}"
+            lines.append(f"{clock:4} {kind:18} {row['runs']:4} runs | " + " | ".join([*ahead, late]))
     for kind, row in scored["injected"].items():
         lines.append(
             f"injected {kind:18} {row['runs']:4} runs | told {row['told']}, within {NAMED_WITHIN} {row['within']}, "
