@@ -75,7 +75,8 @@ def _lateness(alert: Alert) -> int:
     """Steps that a live run may take longer than one to judge: calm steps wait for others, jumps and NaN do not."""
     signal = BY_NAME.get(alert.signal)
     fast = signal is not None and signal.lane == "fast"
-    return BATCH - 1 if fast and alert.kind not in ("spike", "nonfinite") else 0
+    jumps = alert.kind in ("spike", "nonfinite") or alert.signal == "optimizer/sentinel_rms_t"
+    return BATCH - 1 if fast and not jumps else 0
 
 
 def _with(alarm: Alarm, **changes: Any) -> Alarm:

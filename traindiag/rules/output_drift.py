@@ -15,6 +15,9 @@ from traindiag.rules import arguments
 from traindiag.rules.rule import COOLDOWN, NOWHERE, Rule, Severity, Verdict
 from traindiag.rules.wording import number
 
+EARLY = 3
+"""Samples that the early level is taken from: at initialisation log Z is about the logarithm of the classes."""
+
 _DRIFT, _GAIN = "output/log_z_max_abs", "output/target_z_score"
 
 
@@ -25,7 +28,7 @@ class OutputDrift(Rule):
     the z-score of the target in its logits, which neither shift nor scale can change, then grows too. Drift that
     brings no gain is the beginning of output-logit divergence.
 
-    Of each call site the last ``window`` samples are held against the first as many: the median of the largest
+    Of each call site the last ``window`` samples are held against the first three: the median of the largest
     |log Z| must be ``factor`` times as large and at least ``above``, it must still be growing within the window, and
     the median z-score of the window's newer half must not be more than ``gain`` above that of its older half.
 
@@ -52,11 +55,11 @@ class OutputDrift(Rule):
     def __init__(
         self,
         *,
-        factor: float = 4.0,
-        above: float = 20.0,
+        factor: float = 1.6,
+        above: float = 12.0,
         gain: float = 0.02,
-        window: int = 8,
-        persistence: int = 3,
+        window: int = 6,
+        persistence: int = 2,
         cooldown: int = COOLDOWN,
         severity: Severity = "warning",
         name: str = "output/drift",
@@ -156,14 +159,14 @@ class _Site:
         self.streak = 0
 
     def take(self, drift: float, score: float) -> None:
-        if len(self.early) < self.window:
+        if len(self.early) < EARLY:
             self.early.append(drift)
         self.drifts.append(drift)
         self.scores.append(score)
 
     def ratio(self) -> float | None:
-        """To the early level; None while the two windows overlap or that level is zero."""
-        if len(self.early) < self.window or self.drifts[0] in self.early:
+        """To the early level; None while the window is not full or that level is zero."""
+        if len(self.drifts) < self.window:
             return None
         level = median(self.early)
         return self.now() / level if level > 0 else None

@@ -20,6 +20,9 @@ RELEASE = 0.1
 NEAR = 0.5
 """A first value above this share of the limit is a level that the run brought along: batches differ by about that."""
 
+PATIENT_PERSISTENCE = 16
+"""Who waits for so many values in a row may see them some steps late. So may who only takes notes."""
+
 
 class Threshold(Rule):
     """Speaks while a signal is beyond a limit.
@@ -109,6 +112,7 @@ class Threshold(Rule):
         self.where, self.severity = where, severity
         self.inherit, self.growth = inherit, growth
         self.share, self.fallen_from = share, fallen_from
+        self.patient = severity == "info" or persistence >= PATIENT_PERSISTENCE
         sides = [f"{word} {number(at)}" for word, at in (("above", above), ("below", below)) if at is not None]
         self.name = name or " ".join([signal, *sides, *(() if where == "*" else ("at", where))])
         # Python floats: numpy compares them as float32, as the values are, so that a logged 0.1 is not above 0.1.
