@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import traindiag
 from traindiag.cli import app, signals_markdown
 from traindiag.record.catalogue import SIGNALS
+from traindiag.rules.default_pack import described_rules
 
 ROOT = Path(__file__).parents[1]
 runner = CliRunner()
@@ -83,6 +84,9 @@ def test_signals_shows_every_signal_with_formula_and_source() -> None:
     shown = runner.invoke(app, ["signals"], env={"COLUMNS": "200"}).output
     for signal in SIGNALS:
         for part in (signal.name, signal.formula, signal.source):
+            assert part in shown
+    for described in described_rules():
+        for part in (described.rule.name, described.says, described.source):
             assert part in shown
 
 
