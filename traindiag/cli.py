@@ -213,7 +213,7 @@ def signals_table(rows: Iterable[Signal]) -> Table:
 
 
 def rules_table(rows: Iterable[Described]) -> Table:
-    """One row a default rule: name and severity on the left, what it watches for, its numbers and source on the right."""
+    """One row a default rule: name and severity on the left; what it is for, its numbers and source on the right."""
     table = Table(box=box.HORIZONTALS, show_header=False, show_lines=True, padding=(0, 3, 0, 0), border_style="dim")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
