@@ -83,7 +83,7 @@ UPDATE_GROWTH = 3.0
 weights that no longer grow with it. Healthy tuning runs stay within twofold."""
 
 GRADIENT_GROWTH = 4.0
-GRADIENT_GROWTH_STEPS = 50
+GRADIENT_GROWTH_LOOKS = 5
 """Slow growth of the gradient norm went before the instabilities of OLMo's first runs (arXiv 2501.00656 section 3).
 Data that changes does the same to healthy runs, so it is a note."""
 
@@ -281,8 +281,9 @@ def described_rules() -> list[Described]:
             Growth(
                 "gradient/norm",
                 factor=GRADIENT_GROWTH,
-                samples=GRADIENT_GROWTH_STEPS,
-                persistence=GRADIENT_GROWTH_STEPS,
+                samples=GRADIENT_GROWTH_LOOKS,
+                persistence=GRADIENT_GROWTH_LOOKS,
+                every=10,
                 settled=True,
                 severity="info",
                 name="gradient/norm-growth",
