@@ -50,6 +50,9 @@ SPIKE_FACTOR = 4.0
 """The gradient norm of BLOOM-176B rose fourfold four steps before its first loss spike (.24, .95, 2.4, 16, 145); no
 value of the healthy small runs above reaches it."""
 
+SPIKE_RISING = 3
+"""The same four values climb from step to step, each at least twice the one before."""
+
 SPIKE_Z = 4.0
 """On log-normal noise of sigma 0.35 around a falling norm both conditions together held once in 20,000 steps by
 chance, and a tenfold jump was missed in at most 12 of 100 cases at the worst place, none at sigma 0.15."""
@@ -271,10 +274,11 @@ def described_rules() -> list[Described]:
                 factor=SPIKE_FACTOR,
                 z=SPIKE_Z,
                 window=SPIKE_WINDOW,
+                rising=SPIKE_RISING,
                 otherwise="gradient/norm_applied",
                 name="gradient/norm-spike",
             ),
-            "a jump of the gradient norm; most pass without harm",
+            "a jump of the gradient norm, most pass without harm; a warning while it climbs",
             "BLOOM-176B's first loss spike; noise of healthy small runs",
         ),
         Described(
