@@ -52,7 +52,7 @@ def test_bloom_176b_alone() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 0.15, 0.35])
 def test_bloom_176b_after_a_past(sigma: float) -> None:
-    """Noted three or four steps before the loss (31219); a warning one or two before, as the norm goes on climbing."""
+    """Noted three or four steps before the loss (31219); a warning one or two before, as the norm keeps climbing."""
     for seed in range(10):
         (noted, note), (warned, warning) = after_a_past("bloom_176b_first_loss_spike", sigma, seed)
         assert noted in (31215, 31216) and note == "info"
