@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from traindiag.adapters.transformers import HFTrainingDiagnostics
+    from traindiag.alerts.actions import Call, Raise, SaveCheckpoint, StopTraining, TrainingAlert
     from traindiag.alerts.alert import Alert, Remedy
+    from traindiag.alerts.webhook import Webhook
     from traindiag.engine.diagnostics import Diagnostics
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alert",
+    "Call",
     "Cell",
     "Cells",
     "Diagnostics",
@@ -46,25 +49,32 @@ __all__ = [
     "Monitor",
     "NonFinite",
     "Preflight",
+    "Raise",
     "Reading",
     "Remedy",
     "Rule",
     "RunInfo",
+    "SaveCheckpoint",
     "Series",
     "Settings",
     "Shift",
     "Signal",
     "Spike",
+    "StopTraining",
     "Threshold",
+    "TrainingAlert",
     "TrainingDiagnostics",
     "Trend",
     "Verdict",
+    "Webhook",
     "preflight",
 ]
 
 _HOMES = {
     "traindiag.adapters.transformers": ("HFTrainingDiagnostics",),
+    "traindiag.alerts.actions": ("Call", "Raise", "SaveCheckpoint", "StopTraining", "TrainingAlert"),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
+    "traindiag.alerts.webhook": ("Webhook",),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from traindiag.engine.yaml_actions import ACTIONS, PLUGINS
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
@@ -31,9 +32,6 @@ from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.trend import Trend
 from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
-
-PLUGINS = "traindiag.plugins"
-"""Entry points of installed packages, by the names that a file may use. Only one that a file names is loaded."""
 
 BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "rules": {
@@ -67,13 +65,17 @@ BUILT_IN: Mapping[str, Mapping[str, Callable[..., Any]]] = {
             WiringMonitor,
         )
     },
-    "actions": {},  # code that an alert runs: a file may only name what an installed package offers
+    "actions": ACTIONS,
 }
+
+_ADDRESS = re.compile(r"\w+://[^\s'\"]+")  # may hold a secret, and errors end up in logs
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 
 
-def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> dict[str, Any]:
+def read_settings(
+    path: str | os.PathLike[str], target: Callable[..., Any], lines: dict[str, int] | None = None
+) -> dict[str, Any]:
     r"""Keyword arguments for ``target`` from a file; an empty file has none.
 
     A rule, monitor or action is a name, or a name with its arguments::
@@ -86,6 +88,7 @@ def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> d
     Args:
         path: The file.
         target: What the keys are arguments of.
+        lines: Takes the line of each key, and of each entry ``key.entry`` of one that holds a mapping.
 
     Raises:
         ValueError: With file, line, key, what was found and what was expected.
@@ -100,7 +103,11 @@ def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> d
         ...     read_settings(file, Settings)["max_overhead"]
         0.01
     """
-    return _File(path).settings(target)
+    file = _File(path)
+    keywords = file.settings(target)
+    if lines is not None:
+        lines.update(file.lines)
+    return keywords
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,6 +135,7 @@ class _File:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
         self._content = Path(path).read_bytes()
+        self.lines: dict[str, int] = {}
 
     def settings(self, target: Callable[..., Any]) -> dict[str, Any]:
         try:
@@ -151,6 +159,7 @@ class _File:
         keywords: dict[str, Any] = {}
         for name, key, value in self._pairs(node, at):
             inside = f"{at}.{name}" if at else name
+            self.lines[inside] = key.start_mark.line + 1
             if name not in known and not open_ended:
                 self._fail(key, inside, f"unknown key {name!r}, expected {_one_of(known)}.{near(name, known)}")
             if name not in lists:
@@ -213,11 +222,19 @@ class _File:
             yield name, key, value
 
     def _fitted(self, node: yaml.Node, at: str, hint: Any) -> Any:
+        if get_origin(hint) is Mapping and isinstance(node, yaml.MappingNode):
+            value_hint = get_args(hint)[1]
+            entries = [
+                (name, key, self._fitted(v, f"{at}.{name}", value_hint)) for name, key, v in self._pairs(node, at)
+            ]
+            self.lines |= {f"{at}.{name}": key.start_mark.line + 1 for name, key, _ in entries}
+            return {name: value for name, _, value in entries}
         value = self._plain(node, at)
         if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
             value = int(value)  # 1e4 where a count is asked for
         if not _fits(value, hint):
-            self._fail(node, at, f"expected {_words(hint)}, got {self._told(node)}")
+            hinted = near(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+            self._fail(node, at, f"expected {_words(hint)}, got {self._told(node)}{hinted and '.' + hinted}")
         return value
 
     def _plain(self, node: yaml.Node, at: str) -> Any:
@@ -228,7 +245,7 @@ class _File:
 
     def _told(self, node: yaml.Node) -> str:
         value = self._plain(node, "")
-        return "nothing" if value is None else f"{value!r:.200}"
+        return "nothing" if value is None else _ADDRESS.sub("<hidden>", f"{value!r}")[:200]
 
     def _fail(self, node: yaml.Node, at: str, text: str) -> NoReturn:
         where = f"{self._path}:{node.start_mark.line + 1}: "
@@ -248,6 +265,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
         return value in parts
+    if origin is Mapping:
+        return isinstance(value, dict)
     if origin is Sequence:
         return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
     if hint is float:
@@ -263,6 +282,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(part) for part in parts)
     if origin is Literal:
         return _one_of([str(part) for part in parts])
+    if origin is Mapping:
+        return f"names with {_words(parts[1])}"
     if origin is Sequence:
         return f"a list of {_words(parts[0])}"
     return _WORDS.get(hint, str(hint))
