@@ -167,10 +167,10 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
         except OSError as error:
             self._outlet.say(f"the checkpoint holds no state of diagnostics: {error}; training goes on")
         diagnostics.idle()
-        if (error := self._raised) is not None:
+        if (raised := self._raised) is not None:
             self._raised = None
             self._remove(failed=True)
-            raise error
+            raise raised
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remove()

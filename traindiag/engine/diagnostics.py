@@ -712,7 +712,7 @@ class Diagnostics:
         for lane, received, alerts in heard:
             with self.border:
                 # first of all: what fails on one rank only, such as its disk, must not keep it from what all do
-                self._decisions.take(alerts, calm=received.calm)
+                self._decisions.take(alerts, calm=received.calm and self._judge.patient)
                 lane.settle(received)
                 if received.frame.sampled:
                     self._after_sample(received)

@@ -223,12 +223,11 @@ class _File:
 
     def _fitted(self, node: yaml.Node, at: str, hint: Any) -> Any:
         if get_origin(hint) is Mapping and isinstance(node, yaml.MappingNode):
-            value_hint = get_args(hint)[1]
-            entries = [
-                (name, key, self._fitted(v, f"{at}.{name}", value_hint)) for name, key, v in self._pairs(node, at)
-            ]
-            self.lines |= {f"{at}.{name}": key.start_mark.line + 1 for name, key, _ in entries}
-            return {name: value for name, _, value in entries}
+            fitted = {}
+            for name, key, entry in self._pairs(node, at):
+                self.lines[f"{at}.{name}"] = key.start_mark.line + 1
+                fitted[name] = self._fitted(entry, f"{at}.{name}", get_args(hint)[1])
+            return fitted
         value = self._plain(node, at)
         if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
             value = int(value)  # 1e4 where a count is asked for
@@ -245,11 +244,11 @@ class _File:
 
     def _told(self, node: yaml.Node) -> str:
         value = self._plain(node, "")
-        return "nothing" if value is None else _ADDRESS.sub("<hidden>", f"{value!r}")[:200]
+        return "nothing" if value is None else f"{value!r:.200}"
 
     def _fail(self, node: yaml.Node, at: str, text: str) -> NoReturn:
         where = f"{self._path}:{node.start_mark.line + 1}: "
-        raise ValueError(f"{where}{at}: {text}" if at else f"{where}{text}")
+        raise ValueError(where + _ADDRESS.sub("<hidden>", f"{at}: {text}" if at else text))
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
