@@ -20,9 +20,6 @@ class Numbers(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self, diagnostics: HFTrainingDiagnostics) -> None:
         self.diagnostics = diagnostics
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        pass
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.diagnostics.log("user/number", 0.0 if state.global_step < 3 else 2.0)
 
