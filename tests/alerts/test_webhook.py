@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks import run_on_ranks
 from traindiag import Alert, Diagnostics, Raise, Threshold, TrainingAlert, Webhook
 from traindiag.panels.terminal import TerminalPanel
 
@@ -265,3 +266,24 @@ def test_summary_tells_what_was_silenced() -> None:
     stream = io.StringIO()
     TerminalPanel(stream).summary({}, [], 10, None, {"gradient/norm-spike": "batches of\n very unequal length"})
     assert "silenced: gradient/norm-spike (batches of very unequal length)" in stream.getvalue()
+
+
+def _on_rank(rank: int, url: str) -> list[str]:
+    hook = Webhook(url, diagnosis="number")
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rules = [Threshold("user/number", above=0.5, name="number")]
+    diagnostics = Diagnostics(model, optimizer, rules=rules, actions=[hook], terminal=False)
+    for _ in range(3):
+        with diagnostics.step() as step:
+            step.loss(model(torch.ones(2, 4)).square().mean()).backward()
+            diagnostics.log("user/number", 1.0)
+            optimizer.step()
+    diagnostics.finish()
+    return [alert.id for alert in diagnostics.alerts if alert.rule == "number"]
+
+
+def test_one_rank_posts(server: Server) -> None:
+    one, other = run_on_ranks(_on_rank, server.url)
+    assert one == other != []
+    assert [body["alert"]["id"] for *_, body, _ in server.got] == one

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Sequence
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,26 +118,25 @@ class _Post:
 
     def __init__(self, hook: Webhook) -> None:
         self._hook = hook
-        self._queue: Queue[bytes | None] = Queue(hook.queue)
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._hurry = threading.Event()
         self._problems: deque[str] = deque()
         self._told_loss = self._told_full = False
-        self._open = 0
+        self._open = 0  # alerts that were handed over and are neither sent nor given up
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="traindiag-webhook", daemon=True)
         self._thread.start()
 
     def put(self, alert: Alert) -> None:
-        try:
+        if self._open < self._hook.queue:
             with self._lock:
-                self._queue.put_nowait(payload(alert))
                 self._open += 1
-        except Full:
-            if not self._told_full:
-                self._told_full = True
-                self._problems.append(
-                    f"more than {self._hook.queue} alerts wait for the webhook: some are not sent; training goes on"
-                )
+            self._queue.put(payload(alert))
+        elif not self._told_full:
+            self._told_full = True
+            self._problems.append(
+                f"more than {self._hook.queue} alerts wait for the webhook: some are not sent; training goes on"
+            )
 
     def problems(self) -> list[str]:
         told = []
@@ -146,13 +145,9 @@ class _Post:
         return told
 
     def finish(self, patience: float) -> list[str]:
-        end = time.monotonic() + patience
         self._hurry.set()
-        try:
-            self._queue.put(None, timeout=patience)
-            self._thread.join(max(0.0, end - time.monotonic()))
-        except Full:
-            pass
+        self._queue.put(None)
+        self._thread.join(patience)
         left = self._open
         if left and not self._told_loss:
             alerts = "1 alert was" if left == 1 else f"{left} alerts were"
@@ -198,10 +193,7 @@ class _Post:
             again = error.code >= 500 or error.code in (408, 425, 429)
             return f"it answers with HTTP {error.code}", again, float(asked) if asked.isdecimal() else 0.0
         except Exception as error:
-            reason = getattr(error, "reason", error)
-            number = getattr(reason, "errno", None)
-            words = f": {os.strerror(number)}" if isinstance(number, int) and number > 0 else ""
-            return f"{type(reason).__name__}{words}", True, 0.0
+            return _in_words(error), True, 0.0
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -227,6 +219,18 @@ def payload(alert: Alert) -> bytes:
     text = "\n".join(line for line in lines if line)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return json.dumps({"text": text, "alert": alert.to_dict()}, allow_nan=False).encode()
+
+
+def _in_words(error: Exception) -> str:
+    """What an error is, by its kind and its number, and not by what it says."""
+    reason = getattr(error, "reason", None)
+    cause = reason if isinstance(reason, Exception) else error
+    if isinstance(cause, socket.gaierror):
+        return "its host is not found"
+    kind = type(cause)
+    if kind.__module__ == "builtins" and isinstance(cause, OSError) and cause.errno:  # others number in their own way
+        return f"{kind.__name__}: {os.strerror(cause.errno)}"
+    return kind.__name__
 
 
 def _address(url: str | None, env: str | None) -> str:
