@@ -113,6 +113,25 @@ def test_what_was_saved_goes_on_as_if_nothing_had_been() -> None:
     assert again == ["step-7-number-escalated"]
 
 
+def test_the_second_checkpoint_of_an_event_is_its_last_in_a_resumed_job_too() -> None:
+    def rule() -> Threshold:
+        return Graded("user/number", above=0.5, cooldown=2, name="number")
+
+    numbers = [1, 2, 2, 2, 3, 3, 0, 0, 0, 0, 0]
+    first = Loop(rules=[rule()], actions=[SaveCheckpoint(lambda name: None, severity="info")])
+    first.train(4, lambda at: numbers[at])
+    state = first.diagnostics.state_dict()
+    first.diagnostics.finish()
+    names: list[str] = []
+    second = Loop(rules=[rule()], actions=[SaveCheckpoint(names.append, severity="info")])
+    second.diagnostics.load_state_dict(state)
+    second.train(7, lambda at: numbers[at])
+    told = [(a.status, a.severity) for a in second.diagnostics.alerts]
+    assert told[1:3] == [("escalated", "warning"), ("escalated", "critical")] and names == []
+    assert told[-1][0] == "closed" and second.diagnostics.state_dict()["decisions"]["saved"] == []  # and forgotten
+    second.diagnostics.finish()
+
+
 def test_what_is_to_be_done_is_in_the_checkpoint() -> None:
     first = Loop(actions=[StopTraining(severity="critical")])
     first.train(7)  # step 6 has not been judged; the state judges it
