@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from traindiag.adapters.transformers import HFTrainingDiagnostics
+    from traindiag.alerts.actions import Call, Raise, SaveCheckpoint, StopTraining, TrainingAlert
     from traindiag.alerts.alert import Alert, Remedy
+    from traindiag.alerts.webhook import Webhook
     from traindiag.engine.diagnostics import Diagnostics
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alert",
+    "Call",
     "Cell",
     "Cells",
     "Diagnostics",
@@ -54,22 +57,27 @@ __all__ = [
     "NonFinite",
     "OutputDrift",
     "Preflight",
+    "Raise",
     "Reading",
     "Remedy",
     "Replay",
     "Rule",
     "RunInfo",
+    "SaveCheckpoint",
     "Series",
     "Settings",
     "Shift",
     "Signal",
     "Spike",
     "StaleSecondMoment",
+    "StopTraining",
     "Threshold",
+    "TrainingAlert",
     "TrainingDiagnostics",
     "Trend",
     "Vanishing",
     "Verdict",
+    "Webhook",
     "preflight",
     "replay",
     "replay_series",
@@ -77,7 +85,9 @@ __all__ = [
 
 _HOMES = {
     "traindiag.adapters.transformers": ("HFTrainingDiagnostics",),
+    "traindiag.alerts.actions": ("Call", "Raise", "SaveCheckpoint", "StopTraining", "TrainingAlert"),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
+    "traindiag.alerts.webhook": ("Webhook",),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),

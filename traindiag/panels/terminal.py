@@ -117,6 +117,7 @@ class TerminalPanel:
         alerts: Sequence[Alert],
         steps: int,
         overhead: float | None = None,
+        silenced: Mapping[str, str] | None = None,
     ) -> None:
         """Prints how a run ended.
 
@@ -125,8 +126,11 @@ class TerminalPanel:
             alerts: Every message of the run.
             steps: Steps done.
             overhead: Share of the step time that diagnostics took, where it was measured.
+            silenced: Default rules that were kept from judging, with the reasons.
         """
         self._print(summary_table(history, alerts, steps, overhead))
+        for name, reason in (silenced or {}).items():
+            self._print(Text.assemble("  ", ("silenced", "dim"), f": {name} ({' '.join(reason.split())})"))
 
     @property
     def _target(self) -> TextIO:
