@@ -13,7 +13,8 @@ def as_asked(rules: Iterable[Rule], severity: Mapping[str, Severity], silence: M
     """Those of ``rules`` that are not silenced, each with the severity that is asked for.
 
     Example:
-        >>> kept = {r.name: r for r in as_asked(default_rules(), {"loss/spike": "warning"}, {"output/drift": "a GAN"})}
+        >>> asked = as_asked(default_rules(), {"loss/spike": "warning"}, {"output/drift": "a GAN"})
+        >>> kept = {rule.name: rule for rule in asked}
         >>> kept["loss/spike"].told_as, "output/drift" in kept
         ('warning', False)
     """
