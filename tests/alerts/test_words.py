@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.rules.frames import frame
-from traindiag.alerts.explain import Explanation, explain
+from traindiag.alerts.diagnosis.failure import Case, Finding
+from traindiag.alerts.diagnosis.failures import diagnose
+from traindiag.alerts.diagnosis.memory import Memory
 from traindiag.record.cells import Cell
 from traindiag.record.run_info import OptimizerInfo, RunInfo
 from traindiag.rules.alive import StructuralZeros
@@ -23,17 +25,17 @@ LOGITS = Verdict("l", "threshold", "attention/logit_range", 50, value=2e3, limit
                  cell=Cell(("layer", "head"), ("blocks.0", 1)))  # fmt: skip
 
 
-def told(verdict: Verdict, run: RunInfo) -> Explanation:
-    return explain(verdict, frame(verdict.step, run=run))
+def told(verdict: Verdict, run: RunInfo) -> Finding:
+    return diagnose(Case(verdict, frame(verdict.step, run=run), Memory()))[1]
 
 
-def changes(explanation: Explanation) -> dict[str, object]:
+def changes(explanation: Finding) -> dict[str, object]:
     return {k: v for r in explanation.remedies for k, v in r.change.items()}
 
 
 def test_logit_growth_has_the_values_of_the_run() -> None:
     said = told(LOGITS, RUN)
-    assert changes(said) == {"optimizer.lr": 0.03, "warmup": 200}
+    assert changes(said) == {"model.query_key_norm": True, "optimizer.lr": 0.03, "warmup": 200}
     text = " ".join(r.text for r in said.remedies)
     assert "from 0.1 to 0.03" in text
     assert "200 steps instead of 20" in text
@@ -52,13 +54,15 @@ def test_what_the_model_has_is_not_advised_but_ruled_out() -> None:
 
 def test_what_is_unknown_is_not_made_up() -> None:
     said = told(LOGITS, RunInfo())
-    assert changes(said) == {}
+    assert changes(said) == {"model.query_key_norm": True}
     assert any("5% of the run" in r.text for r in said.remedies)
 
 
 def test_two_optimizers_are_named() -> None:
     two = (OptimizerInfo("actor", "Adam", {"lr": 3e-4}), OptimizerInfo("critic", "Adam", {"lr": 1e-3}))
-    assert changes(told(LOGITS, RunInfo(optimizers=two))) == {"optimizer.actor.lr": 9e-5, "optimizer.critic.lr": 3e-4}
+    assert changes(told(LOGITS, RunInfo(optimizers=two))) == {
+        "model.query_key_norm": True, "optimizer.actor.lr": 9e-5, "optimizer.critic.lr": 3e-4,
+    }  # fmt: skip
 
 
 def test_a_forecast_says_when() -> None:
