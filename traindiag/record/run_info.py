@@ -52,8 +52,6 @@ class RunInfo:
         precision: ``32-true``, ``bf16-mixed``, ...
         normalisation: Kinds of normalisation layer found, with their number.
         loaded_weights: Whether training began from weights that had been trained before.
-        lost_state: Optimizers that had no state at their first update after a resume although they keep one, with
-            the step of that update.
         seed: The seed, where one is known.
         world_size: Number of ranks.
         device: Device type.
@@ -77,7 +75,6 @@ class RunInfo:
     precision: str | None = None
     normalisation: Mapping[str, int] = field(default_factory=dict)
     loaded_weights: bool | None = None
-    lost_state: Mapping[str, int] = field(default_factory=dict)
     seed: int | None = None
     world_size: int = 1
     device: str | None = None

@@ -27,6 +27,9 @@ their number."""
 DEAD = 0.5
 """Share of zeros from which units are dead and not just off: half of a rectifier's units are off by chance."""
 
+BORN = 0.9
+"""Share of the present zeros that were there at the first sample where units were never alive."""
+
 
 class ExplodingResidualStream(Failure):
     """What blocks return grows, over depth or over time."""
@@ -130,7 +133,7 @@ class DeadUnits(Failure):
         if verdict.signal == _ZEROS[1] and "embed" in str(verdict.cell).lower():
             return None  # rows of tokens that were not in the batch
         first = case.memory.first(verdict.signal)
-        born = first is not None and first.high_at == str(verdict.cell) and first.high >= DEAD
+        born = first is not None and first.high_at == str(verdict.cell) and first.high >= BORN * verdict.value
         update = case.now("optimizer/update_ratio")
         ruled_out: tuple[str, ...] = ()
         if update is not None and update.high < 0.1:

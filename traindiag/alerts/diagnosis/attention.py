@@ -40,9 +40,13 @@ class AttentionLogitGrowth(Failure):
 
     def diagnose(self, case: Case) -> Finding | None:
         verdict, run = case.verdict, case.run
-        if verdict.kind == "threshold" and verdict.severity == "info":
-            return None
         logits = case.by(_RANGE, kinds=("threshold", "forecast", "trend", "shift"))
+        if (
+            verdict.kind == "threshold"
+            and verdict.severity == "info"
+            and (logits is None or verdict.signal == _RANGE)
+        ):
+            return None
         if verdict.signal in _RAW and _is_shift(case):
             return None
         if verdict.signal in (*_NORMS, _ENTROPY) and logits is None and not (case.grown(_RANGE) or 0) >= GROWN:

@@ -1,4 +1,4 @@
-"""What a diagnosis is made of: the :class:`Case` to judge, the :class:`Failure` s there are, and a :class:`Finding`."""
+"""What a diagnosis is made of: a :class:`Case`, the :class:`Failure` that it may be, and what was found."""
 
 from __future__ import annotations
 

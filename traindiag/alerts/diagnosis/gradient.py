@@ -250,8 +250,8 @@ class LossSpike(Failure):
         cause = (
             "The step before it was taken with an outlying gradient."
             if before
-            else "A confirmation, not a forecast: the damage is done. Where gradient and second moment were as usual, look "
-            "at the data first."
+            else "A confirmation, not a forecast: the damage is done. Where the gradient was as usual, "
+            "look at the data first."
         )
         ruled_out = usual("a stale second moment: RMS_t", case.now(RMS_T[1]) or case.now(RMS_T[0]), 2.3)
         return Finding(

@@ -139,7 +139,7 @@ class Memory:
         step; those that are not finite come first, in forward order and without a share.
         """
         rows = list(self._recent)
-        found: dict[str, Any] = {"steps": [step for step, _ in rows]}
+        found: dict[str, Any] = {"steps": [step for step, _ in rows]} if rows else {}
         for i, name in enumerate(_SERIES):
             values = [_worst(row[i]) for _, row in rows]
             if any(v is not None for v in values):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from traindiag.alerts.alert import Remedy
-from traindiag.alerts.diagnosis.failure import Case, Failure, Finding
-from traindiag.rules.wording import names_of
-
-AFTERMATH = 100
-"""Steps after a resume in which a missing state explains a jump: at beta2 0.95 a second moment is whole after some
-tens, at 0.999 its bias correction carries it."""
+from traindiag.alerts.diagnosis.failure import Case, Failure, Finding, rules_of
+from traindiag.alerts.diagnosis.optimizer import RMS_T
+from traindiag.alerts.diagnosis.wording import said_by
 
 
 class LostOptimizerState(Failure):
@@ -16,33 +13,30 @@ class LostOptimizerState(Failure):
 
     name = "resumed without optimizer state"
     family = "wiring"
-    signals = ("wiring/state_lost", "loss/*", "gradient/norm", "gradient/norm_applied", "optimizer/*")
+    signals = (*RMS_T, "loss/*", "gradient/norm", "gradient/norm_applied", "optimizer/update_ratio")
 
     def diagnose(self, case: Case) -> Finding | None:
-        lost = case.run.lost_state
-        if not lost:
-            return None
-        named = sorted(f"{name} (step {step})" for name, step in lost.items())
-        if case.verdict.signal != "wiring/state_lost":
-            if case.verdict.kind not in ("spike", "shift", "threshold"):
+        verdict = case.verdict
+        lost = None
+        if verdict.kind != "wiring":
+            lost = case.by(*RMS_T, kinds=("wiring",))
+            if lost is None or lost.since > case.since:
                 return None
-            if all(case.since - step > AFTERMATH or case.since < step for step in lost.values()):
-                return None
-        return Finding(
-            f"The job was resumed without the state of {names_of(sorted(lost))}",
-            "Momentum and second moment begin at zero in the middle of the run, at the learning rate of its middle: "
-            "the first updates are as large as at the start, without warm-up.",
-            (f"no state at the first update after the resume: {names_of(named)}",),
-            (),
-            (
-                Remedy(
-                    "Stop, and resume with the optimizer's state_dict loaded before the first step.",
-                    when="now",
-                ),
-                Remedy(
-                    "Without a saved state: warm up the learning rate again from 0.",
-                    when="restart",
-                    source="a second moment at zero makes the first updates of Adam as large as the learning rate",
-                ),
+        step = case.since if lost is None else lost.since
+        remedies = [
+            Remedy("Stop, and resume with the optimizer's state_dict loaded before the first step.", when="now"),
+            Remedy(
+                "Without a saved state: warm the learning rate up again from 0.",
+                when="restart",
+                source="without a second moment the first updates of Adam are as large as the learning rate",
             ),
+        ]
+        return Finding(
+            f"The job was resumed at step {step} without the state of its optimizer",
+            "Momentum and second moment began at zero in the middle of the run, at the learning rate of its middle: "
+            "first updates of full size, as at the start, and without warm-up.",
+            said_by(lost),
+            (),
+            tuple(remedies),
+            rules_of(lost),
         )
