@@ -16,7 +16,10 @@ EXACT = 1e-3
 In a run under way it differs from tensor to tensor by some hundredths."""
 
 LEAST = 3
-"""Tensors that have to agree; one or two may be near 1 by chance."""
+"""Tensors that have to agree; one or two may be near 1 by chance (about one in a hundred is)."""
+
+ROUNDED = 1e-5
+"""Closer than this a single tensor will do: float32 keeps seven digits, and chance would need ten thousand resumes."""
 
 AFTERMATH = 100
 """Steps in which what follows is laid to it: about what a second moment with beta2 0.95 to 0.99 needs to be whole."""
@@ -91,7 +94,9 @@ class OptimizerStateLost(Rule):
 def _fresh(reading: Reading) -> list[str]:
     """Tensors whose second moment is their gradient alone; empty where any says otherwise."""
     values = reading.values
-    one = reading.seen & (np.abs(values - 1) <= EXACT)
-    if (reading.seen & ~(values <= 1 + EXACT)).any() or one.sum() < max(LEAST, reading.seen.sum() / 2):
+    away = np.abs(values - 1)
+    one = reading.seen & (away <= EXACT)
+    enough = one.sum() >= LEAST or (reading.seen & (away <= ROUNDED)).any()
+    if (reading.seen & ~(values <= 1 + EXACT)).any() or not enough or 2 * one.sum() < reading.seen.sum():
         return []
     return [str(reading.cells.coordinates[int(i)][-1]) for i in np.flatnonzero(one)]
