@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from traindiag.engine.diagnostics import Diagnostics
+from traindiag.rules.default_pack import default_rules
 
 WIDTH, HEADS, LAYERS, WORDS, LENGTH = 16, 4, 2, 64, 32
 SIZE = WIDTH // HEADS
@@ -105,8 +106,10 @@ def tokens(step: int, length: int) -> Tensor:
 
 def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, Verdicts]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    # given as one's own, each rule tells its verdicts by itself, whatever failure they belong to
+    rules: dict[str, Any] = {"default_rules": False, "rules": default_rules()}
     diagnostics = Diagnostics(
-        model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True, **settings
+        model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True, **rules, **settings
     )
     for step in range(STEPS):
         batch = tokens(step, length)

@@ -19,7 +19,7 @@ LEAST = 3
 """Tensors that have to agree; one or two may be near 1 by chance (about one in a hundred is)."""
 
 ROUNDED = 1e-5
-"""Closer than this a single tensor will do: float32 keeps seven digits, and chance would need ten thousand resumes."""
+"""Closer than this a single tensor will do: float32 keeps seven digits, so chance needs ten thousand resumes."""
 
 AFTERMATH = 100
 """Steps in which what follows is laid to it: about what a second moment with beta2 0.95 to 0.99 needs to be whole."""
