@@ -32,13 +32,14 @@ def after_calm(steps: int = 40) -> Story:
 
 def test_loss_and_gradient_that_jump_in_one_step_came_with_the_batch() -> None:
     story = after_calm()
-    numbers = {**CALM, LOSS: 9.0, NORM: 30.0}
+    numbers = {**CALM, LOSS: 9.0, NORM: 30.0, "gradient/parameter_norm": {"embedding": 29.0, "head": 7.7}}
     (alert,) = story.at(40, numbers, jump, spike, lane="fast")
     assert (alert.diagnosis, alert.family) == ("corrupt batch", "loss")
     assert (alert.status, alert.severity) == ("opened", "warning")  # two witnesses
-    assert "loss/value went from 2 (step 39) to 9 (step 40)" in alert.evidence
-    assert "gradient/norm went from 1 (step 39) to 30 (step 40)" in alert.evidence
+    assert "loss/value is 9 (spike) (step 40)" in alert.evidence
+    assert "adam embedding has 93% of it, more than all others" in alert.evidence
     assert "a stale second moment: RMS_t before was at most 1.01 at" in alert.ruled_out[0]
+    assert "(step 39)" in alert.ruled_out[0]
     assert alert.remedies[0].text.startswith("Look at the samples of step 40")
     assert changes(alert) == {"clip": 1.0}
 
@@ -133,7 +134,7 @@ def test_non_finite_gradients_name_the_tensor_and_the_last_healthy_values() -> N
     assert (alert.diagnosis, alert.severity) == ("non-finite values", "critical")
     assert alert.title == "The gradient is NaN at adam embedding.weight"
     assert "the backward pass met it first at a" in alert.evidence
-    assert "last healthy: loss/value 2 (step 40), gradient/norm 1 (step 39)" in alert.evidence
+    assert "last healthy: loss/value 2 (step 39), gradient/norm 1 (step 39)" in alert.evidence
     assert "the forward pass: the loss is 2" in alert.ruled_out
     assert any("32-true" in text for text in alert.ruled_out)
     assert "before step 40" in alert.remedies[0].text

@@ -14,7 +14,7 @@ from traindiag.alerts.diagnosis.remedies import (
     lower_lr,
     skip_batches,
 )
-from traindiag.alerts.diagnosis.wording import change_of, jump_of, said_by, usual
+from traindiag.alerts.diagnosis.wording import change_of, said_by, usual
 from traindiag.rules.wording import number
 
 NORMS = ("gradient/norm", "gradient/norm_applied")
@@ -54,7 +54,7 @@ class CorruptBatch(Failure):
             f"The batch of step {step} is out of the ordinary",
             "Loss and gradient jumped in the same step, and the loss of a step is that of the weights before it: "
             "what changed is the data. Corrupt or repeated samples, wrong labels, an input that is not normalised.",
-            jump_of(case, "loss/value") + jump_of(case, gradient.last.signal) + said_by(case.by(*RMS_T)),
+            _where(case),
             usual("a stale second moment: RMS_t before", moment, 2.3)
             + usual("updates out of proportion: the ratio", case.now("optimizer/update_ratio"), 0.1),
             (
@@ -79,7 +79,6 @@ class GradientJump(Failure):
         if verdict.limit is not None and verdict.value < verdict.limit:
             return None
         loss = case.by("loss/*", kinds=("spike",))
-        evidence = jump_of(case, "loss/value") if loss is not None else ()
         ruled_out: tuple[str, ...] = (
             (f"an unclipped step: gradients are clipped at {number(run.clip[1])}",) if run.clip else ()
         )
@@ -91,7 +90,7 @@ class GradientJump(Failure):
             f"Gradient norm jumped{case.at}",
             "An unusual batch, or a second moment that underestimates the gradients it now meets. Most jumps pass "
             "without harm; loss spikes are often preceded by one.",
-            evidence,
+            _where(case),
             ruled_out,
             (*clip(run), *lower_beta2(run, case.optimizers()), note),
             rules_of(loss),
@@ -267,6 +266,15 @@ class LossSpike(Failure):
             ),
             rules_of(gradient),
         )
+
+
+def _where(case: Case) -> tuple[str, ...]:
+    """Whether the jump is one tensor's, which points at a part of the model, or that of all."""
+    share = case.memory.share()
+    if share is None:
+        return ()
+    tensor, part = share
+    return (f"{tensor} has {part:.0%} of it" + (", more than all others" if part > 0.5 else ", the largest part"),)
 
 
 def _among(case: Case, *signals: str) -> Witness | None:

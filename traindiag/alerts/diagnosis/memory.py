@@ -22,6 +22,8 @@ TENSORS = 8
 
 _SERIES = ("loss/value", "gradient/norm", "gradient/norm_applied")
 _TENSOR = "gradient/parameter_norm"
+_RMS_T = ("optimizer/rms_t", "optimizer/sentinel_rms_t")
+_JUMPS = ("spike", "shift")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,14 @@ class Memory:
 
         Args:
             frame: The frame.
-            verdicts: What rules say about it: a signal that is under an active verdict is not healthy.
+            verdicts: What rules say about it: a signal that is under an active verdict is not healthy, and in a
+                step in which one of them jumps neither are the loss, gradients and second moments as a whole.
         """
         active = [v for v in verdicts if v.active]
         sick = {v.signal for v in active}
         broken = any(v.kind == "nonfinite" for v in active)
-        if broken or any(_is_fast(name) for name in sick):
-            sick.add(_TENSOR)
+        if broken or any(v.signal in _RMS_T or (v.kind in _JUMPS and _is_fast(v.signal)) for v in active):
+            sick |= {name for name in frame.readings if _is_fast(name)}
         step = frame.step
         for name, reading in frame.readings.items():
             sight = (step, reading)
@@ -147,6 +150,11 @@ class Memory:
         if tensors and (ranked := self._ranked()):
             found["tensors"] = ranked
         return found
+
+    def share(self) -> tuple[str, float] | None:
+        """The tensor with the largest part of the growth of the squared gradient norm, and that part."""
+        ranked = self._ranked()
+        return (ranked[0]["parameter"], ranked[0]["share"]) if ranked and ranked[0]["share"] is not None else None
 
     def _ranked(self) -> list[dict[str, Any]]:
         now, before = self._now.get(_TENSOR), self._healthy.get(_TENSOR)
@@ -198,7 +206,7 @@ class Memory:
 
 
 def _is_fast(name: str) -> bool:
-    return name.startswith(("gradient/", "loss/")) or name in ("optimizer/rms_t", "optimizer/sentinel_rms_t")
+    return name.startswith(("gradient/", "loss/")) or name in _RMS_T
 
 
 def _step(sight: _Sight) -> int:

@@ -103,9 +103,11 @@ def go_back(step: int, why: str = "weights updated with such a gradient do not r
 
 def skip_batches(step: int) -> Remedy:
     """Where the data may be to blame."""
-    back = max(0, step - BACK)
-    text = f"If the loss does not come back: resume from a checkpoint near step {back} and skip the batches of the "
-    return Remedy(text + f"steps up to {step + BACK}.", when="restart", source=f"{PALM} section 5.1")
+    where = f"near step {step - BACK} and skip the batches up to step {step + BACK}"
+    if step < 2 * BACK:
+        where = f"from before step {step} and skip the batches around it"
+    text = f"If the loss does not come back: resume from a checkpoint {where}."
+    return Remedy(text, when="restart", source=f"{PALM} section 5.1")
 
 
 def peak_lr(optimizer: OptimizerInfo) -> float | None:

@@ -23,18 +23,8 @@ def change_of(case: Case, signal: str, *, low: bool = False) -> tuple[str, ...]:
     return (f"{signal} was {number(then)} at step {before.step} and is {number(value)}{where} (step {now.step})",)
 
 
-def jump_of(case: Case, signal: str) -> tuple[str, ...]:
-    """The same against the last step at which nothing was wrong with it."""
-    now, healthy = case.now(signal), case.healthy(signal)
-    if now is None or healthy is None or healthy.step >= now.step:
-        return ()
-    return (
-        f"{signal} went from {number(healthy.high)} (step {healthy.step}) to {number(now.high)} (step {now.step})",
-    )
-
-
 def usual(what: str, level: Level | None, limit: float) -> tuple[str, ...]:
-    """``what: its largest is 1.02 (step 10)`` where a level is below a limit, to rule it out by its number."""
+    """``what was at most 1.02 (step 10)`` where a level is below a limit: that number rules it out."""
     if level is None or not level.high < limit:
         return ()
     where = f" at {level.high_at}" if level.high_at else ""
