@@ -40,7 +40,7 @@ def test_records_rules_alerts_and_panels_work_without_torch() -> None:
     in_fresh_python(
         "import sys, importlib, pkgutil\n"
         "sys.modules['torch'] = sys.modules['lightning'] = None  # importing them now raises\n"
-        "for name in ('record', 'rules', 'alerts', 'panels'):\n"
+        "for name in ('record', 'rules', 'alerts', 'panels', 'playback'):\n"
         "    package = importlib.import_module(f'traindiag.{name}')\n"
         "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"

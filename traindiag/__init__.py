@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
+    from traindiag.playback.replay import Replay, replay
+    from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
     from traindiag.record.frame import Frame, Reading
     from traindiag.record.preflight import Preflight
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
     from traindiag.record.series import History, Series
     from traindiag.record.signal import Signal
     from traindiag.rules.forecast import Forecast
+    from traindiag.rules.growth import Growth
     from traindiag.rules.nonfinite import NonFinite
+    from traindiag.rules.output_drift import OutputDrift
     from traindiag.rules.rule import Rule, Verdict
+    from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
     from traindiag.rules.threshold import Threshold
     from traindiag.rules.trend import Trend
+    from traindiag.rules.vanishing import Vanishing
 
 __version__ = "0.1.0"
 
@@ -41,13 +47,16 @@ __all__ = [
     "Diagnostics",
     "Forecast",
     "Frame",
+    "Growth",
     "HFTrainingDiagnostics",
     "History",
     "Monitor",
     "NonFinite",
+    "OutputDrift",
     "Preflight",
     "Reading",
     "Remedy",
+    "Replay",
     "Rule",
     "RunInfo",
     "Series",
@@ -55,11 +64,15 @@ __all__ = [
     "Shift",
     "Signal",
     "Spike",
+    "StaleSecondMoment",
     "Threshold",
     "TrainingDiagnostics",
     "Trend",
+    "Vanishing",
     "Verdict",
     "preflight",
+    "replay",
+    "replay_series",
 ]
 
 _HOMES = {
@@ -70,6 +83,8 @@ _HOMES = {
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.playback.replay": ("Replay", "replay"),
+    "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
     "traindiag.record.frame": ("Frame", "Reading"),
     "traindiag.record.preflight": ("Preflight",),
@@ -83,6 +98,10 @@ _HOMES = {
     "traindiag.rules.spike": ("Spike",),
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
+    "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.second_moment": ("StaleSecondMoment",),
+    "traindiag.rules.output_drift": ("OutputDrift",),
+    "traindiag.rules.growth": ("Growth",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -15,6 +17,9 @@ from rich.text import Text
 import traindiag
 from traindiag.record.catalogue import SIGNALS
 from traindiag.record.signal import Signal
+
+if TYPE_CHECKING:
+    from traindiag.playback.replay import Replay
 
 app = typer.Typer(
     help="Early warnings of unstable training, for PyTorch and Lightning.",
@@ -82,6 +87,104 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     show(settings, log_dir)
+
+
+_RULES = typer.Option(
+    "--rules",
+    metavar="FILE",
+    help="YAML with rules, default_rules and exclude, or the settings file of a run [default: the default pack].",
+)
+_MAP = typer.Option(
+    "--map",
+    metavar="NAME=SIGNAL",
+    help="What a number of somebody else's log is, such as train/nll=loss/value or eta=learning_rate; repeatable.",
+)
+_LOGDIR = typer.Argument(help="Event file, folder, CSV or JSONL with a column of steps, or trainer_state.json.")
+
+
+class _Format(str, Enum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class _Severity(str, Enum):
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+@app.command("replay")
+def replay_log(
+    logdir: Annotated[Path, _LOGDIR],
+    rules: Annotated[Path | None, _RULES] = None,
+    names: Annotated[list[str] | None, _MAP] = None,
+    output: Annotated[_Format, typer.Option("--format", help="For people or for programs.")] = _Format.TEXT,
+) -> None:
+    """Judge a stored log once more, with the rules of today or your own.
+
+    A log of traindiag's own gives the alerts of its run. Other logs (TensorBoard scalars, CSV, JSONL, the Hugging
+    Face Trainer's state) are taken by the names of their numbers: usual names are guessed and the guess is shown.
+    """
+    from traindiag.playback.show import show, to_json
+
+    replayed = _replayed(logdir, rules, names)
+    if output is _Format.JSON:
+        typer.echo(to_json(replayed))
+    else:
+        from traindiag.panels.terminal import TerminalPanel
+
+        show(replayed, TerminalPanel(sys.stdout))
+
+
+@app.command()
+def check(
+    logdir: Annotated[Path, _LOGDIR],
+    rules: Annotated[Path | None, _RULES] = None,
+    names: Annotated[list[str] | None, _MAP] = None,
+    fail_on: Annotated[_Severity, typer.Option(help="Least severity that fails.")] = _Severity.WARNING,
+    min_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps below which silence proves nothing [default: 31].")
+    ] = None,
+) -> None:
+    """Tell by exit code whether a run was healthy, for CI of training.
+
+    0: healthy. 1: alerts of the severity of --fail-on or above. 2: wrong arguments or settings file. 3: no log, or
+    none that can be read. 4: not enough evidence: too few steps, or hardly a rule had its signals.
+    """
+    from traindiag.playback import check as checking
+
+    replayed = _replayed(logdir, rules, names)
+    for run in replayed.runs:
+        for note in run.notes:
+            typer.echo(f"note: {note}", err=True)
+    least = checking.MIN_STEPS if min_steps is None else min_steps
+    code, reason = checking.check(replayed, fail_on.value, least)
+    typer.echo(reason)
+    raise typer.Exit(code)
+
+
+def _replayed(logdir: Path, rules: Path | None, names: list[str] | None) -> Replay:
+    """Wrong arguments leave by exit code 2, as all others do; a log that cannot be read by 3."""
+    from traindiag.playback.check import UNREADABLE
+    from traindiag.playback.foreign import Unreadable
+    from traindiag.playback.replay import replay
+    from traindiag.rules.rules_file import read_rules
+
+    try:
+        chosen = None if rules is None else read_rules(rules)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--rules") from error
+    pairs = [text.rpartition("=") for text in names or ()]
+    wrong = next((text for text, (name, _, signal) in zip(names or (), pairs) if not (name and signal)), None)
+    if wrong is not None:
+        raise typer.BadParameter(f"expected NAME=SIGNAL, got {wrong!r}", param_hint="--map")
+    try:
+        return replay(logdir, chosen, names={name: signal for name, _, signal in pairs})
+    except (Unreadable, OSError) as error:
+        typer.echo(f"unreadable: {error}", err=True)
+        raise typer.Exit(UNREADABLE) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--map") from error
 
 
 def signals_table(rows: Iterable[Signal]) -> Table:

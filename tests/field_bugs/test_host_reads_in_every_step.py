@@ -46,10 +46,10 @@ def test_one_read_a_message_whatever_the_size_of_the_model(layers: int, monkeypa
     # the step counts of an optimizer, which torch keeps on the host, and what the mode hands on of the program's own
     for name in [name for name in seen if name.endswith((":_on_host", "window.py:_call"))]:
         del seen[name]
-    # the fast message of each step, and sums and maxima of four samples and two early looks at wiring: read when they
-    # have long arrived
-    assert sum(seen.values()) == 20 * 2 + (4 + 2) * 2 * 2, seen
-    assert {name.rsplit(":", 1)[1] for name in seen} == {"wait"}
+    # the fast message of each step, and sums and maxima of four samples and two early looks at wiring: brought to the
+    # host by one copy each, when they have long arrived; what is counted here is read there
+    assert {name.split(" in ")[1].split(":")[0] for name in seen} == {"lane.py"}, seen
+    assert sum(seen.values()) <= 5 * (20 + (4 + 2) * 2), seen
 
 
 def test_the_count_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

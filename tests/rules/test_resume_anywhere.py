@@ -13,6 +13,7 @@ from tests.rules.frames import X, frame, reading
 from traindiag.record.cells import Cells
 from traindiag.record.frame import Frame
 from traindiag.rules.forecast import Forecast
+from traindiag.rules.growth import Growth
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule, Verdict
 from traindiag.rules.rule_set import RuleSet
@@ -32,6 +33,8 @@ def rules() -> RuleSet:
         Spike("user/x", direction="both", where="[abc]"),
         Shift("user/x", direction="both", min_samples=16, limit=5.5, logarithm=True),
         Trend("user/x", growth_per_1000=1.2, direction="both", window=64, min_samples=12),
+        Growth("user/x", factor=2.0, critical_factor=6.0, samples=4, persistence=2, settled=True),
+        Threshold("user/x", above=20.0, below=10.0, share=0.5, fallen_from=15.0, name="share"),
     ]
     return RuleSet(made, strict=True)
 

@@ -164,3 +164,26 @@ def test_27_000_cells_cost_well_under_a_millisecond(inherit: bool) -> None:
         rule.update(made)
         best = min(best, time.perf_counter() - start)
     assert best < 1e-3
+
+
+def test_a_share_of_the_cells_must_be_beyond_it() -> None:
+    rule = Threshold("user/x", above=1.0, share=0.5)
+    assert rule.update(frame(0, reading([9.0, 0.0, 0.0, 0.0]))) == ()
+    (told,) = rule.update(frame(1, reading([9.0, 9.0, 0.0, 0.0])))
+    assert told.active and told.others == 1
+    (over,) = rule.update(frame(2, reading([9.0, 0.0, 0.0, 0.0])))
+    assert not over.active
+
+
+def test_what_has_never_been_high_has_not_fallen() -> None:
+    rule = Threshold("user/x", below=1.0, fallen_from=100.0)
+    assert rule.update(frame(0, reading([0.5, 500.0]))) == ()
+    (told,) = rule.update(frame(1, reading([0.5, 0.4])))
+    assert told.cell.coordinates == ("place1",) and told.others == 0
+
+
+def test_a_fall_needs_a_height() -> None:
+    with pytest.raises(ValueError, match=r"fallen_from must lie above below, got fallen_from=0.5 with below=1"):
+        Threshold("user/x", below=1.0, fallen_from=0.5)
+    with pytest.raises(ValueError, match="share must be between 0 and 1, got 2"):
+        Threshold("user/x", above=1.0, share=2)

@@ -213,14 +213,14 @@ class Capture:
         else:  # global hooks would reach into the compiled parts
             for module in self._eager_modules:
                 self._handles += [
-                    module.register_forward_pre_hook(self._before_call),
-                    module.register_forward_hook(self._after_call, always_call=True),
+                    module.register_forward_pre_hook(_copied_alone(self._before_call)),
+                    module.register_forward_hook(_copied_alone(self._after_call), always_call=True),
                 ]
             self._restore = [intercept(m, partial(self._before_compiled, m)) for m in self._shadowed]
         if self._loss_taps or self._head_taps:
             self._restore.append(torch_private.around_functions(self._call_function))
             self._handles += [
-                m.register_forward_hook(self._after_causal_model, with_kwargs=True)
+                m.register_forward_hook(_copied_alone(self._after_causal_model), with_kwargs=True)
                 for m in self._causal_models.models
                 if self._in_eager_code(m)
             ]
@@ -599,3 +599,8 @@ class _Mode(TorchFunctionMode):
             return self._call(func, args, kwargs or {})
         finally:
             self.busy -= 1
+
+
+def _copied_alone(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook to place on a module: ``deepcopy`` takes a function as it is, a method with all that it belongs to."""
+    return lambda *args, **kwargs: hook(*args, **kwargs)

@@ -91,6 +91,25 @@ class TerminalPanel:
         """Prints one line about diagnostics themselves."""
         self._print(Text.assemble(("traindiag", "bold"), f"  {text}"))
 
+    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Prints labels with what there is to say; a label is shown once for all its rows.
+
+        Example:
+            >>> TerminalPanel(sys.stdout).facts([("names", "a is loss/value"), ("names", "b is gradient/norm")])
+            names  a is loss/value
+                   b is gradient/norm
+        """
+        table = Table.grid(padding=(0, 2, 0, 0))
+        before = ""
+        for label, text in rows:
+            table.add_row(Text(label if label != before else "", "bold"), Text(text))
+            before = label
+        self._print(table)
+
+    def blank(self) -> None:
+        """Prints an empty line."""
+        self._print(Text())
+
     def summary(
         self,
         history: Mapping[str, Series],

@@ -21,6 +21,7 @@ from traindiag.record.event_file import TAIL, event_files, read_events
 from traindiag.record.log_format import (
     ALERTS,
     COVERAGE,
+    FRAMES,
     PREFIX,
     RUN,
     VERSION,
@@ -31,7 +32,7 @@ from traindiag.record.log_format import (
 )
 from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
-from traindiag.record.signal import Signal
+from traindiag.record.signal import Lane, Signal
 
 
 @dataclass(frozen=True)
@@ -86,32 +87,69 @@ def read_logs(path: str | os.PathLike[str]) -> list[LogData]:
     Raises:
         FileNotFoundError: If ``path`` does not exist.
     """
-    runs: dict[str, list[_Segment]] = defaultdict(list)
+    return sorted((_join(s) for s in read_segments(path).values()), key=lambda log: log.files[0].name)
+
+
+def read_segments(path: str | os.PathLike[str]) -> dict[str, list[Segment]]:
+    """Every run at or under ``path`` by its id, as the jobs that it consists of, oldest first.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+    """
+    runs: dict[str, list[Segment]] = defaultdict(list)
     for file in event_files(path):
         reader = _FileReader(file, verify=False)
         if reader.suspicious:
             reader = _FileReader(file, verify=True)
         for segment in reader.found.values():
             runs[segment.run].append(segment)
-    return sorted((_join(s) for s in runs.values()), key=lambda log: log.files[0].name)
+    for segments in runs.values():
+        segments.sort(key=lambda s: (s.number, s.time))
+    return runs
 
 
 @dataclass
-class _Row:
-    """One tensor: samples of one signal."""
+class Row:
+    """One tensor: ``k`` samples of one signal with ``n`` cells."""
 
     step: int
     signal: Signal
     cells: Cells
     table: NDArray[np.float32]
+    every: int = 1
 
     @property
     def steps(self) -> NDArray[np.int64]:
         return self.step - self.table[:, 0].astype(np.int64)
 
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """``[k, n]``."""
+        return self.table[:, 1 : 1 + len(self.cells)]
+
+    @property
+    def ranks(self) -> NDArray[np.int64] | None:
+        """``[k, n]`` where they were written."""
+        n = len(self.cells)
+        return self.table[:, 1 + n :].astype(np.int64) if n and self.table.shape[1] > 1 + n else None
+
 
 @dataclass
-class _Segment:
+class FrameFacts:
+    """What a frame holds beside its readings, whose names stand in their order."""
+
+    step: int
+    lane: Lane
+    names: tuple[str, ...]
+    time: float
+    seconds_per_step: float | None
+    updates: dict[str, int]
+    learning_rates: dict[str, float]
+    early: bool = False
+
+
+@dataclass
+class Segment:
     """What one file holds of one job of a run."""
 
     run: str
@@ -119,11 +157,17 @@ class _Segment:
     file: Path
     time: float
     start: int | None = None
-    info: RunInfo | None = None
-    rows: list[_Row] = field(default_factory=list)
+    infos: list[tuple[int, Lane, RunInfo]] = field(default_factory=list)
+    frames: list[FrameFacts] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     coverage: tuple[Coverage, ...] = ()
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def info(self) -> RunInfo | None:
+        """The latest facts about the run."""
+        return self.infos[-1][-1] if self.infos else None
 
 
 class _FileReader:
@@ -135,9 +179,9 @@ class _FileReader:
 
     def __init__(self, file: Path, *, verify: bool) -> None:
         self.file = file
-        self.found: dict[tuple[str, int], _Segment] = {}
-        self.current: _Segment | None = None
-        self.described: dict[str, tuple[_Segment, Signal, Cells]] = {}
+        self.found: dict[tuple[str, int], Segment] = {}
+        self.current: Segment | None = None
+        self.described: dict[str, tuple[Segment, Signal, Cells, int, int]] = {}
         self.contents: dict[str, bytes] = {}
         self.latest: dict[str, int] = {}
         self.problems: dict[str, None] = {}
@@ -160,21 +204,25 @@ class _FileReader:
     def _problem(self, text: str) -> None:
         self.problems[text] = None
 
-    def _segment(self, run: str, number: int, time: float) -> _Segment:
-        return self.found.setdefault((run, number), _Segment(run, number, self.file, time))
+    def _segment(self, run: str, number: int, time: float) -> Segment:
+        return self.found.setdefault((run, number), Segment(run, number, self.file, time))
 
     def _take(self, event: Event, value: Summary.Value) -> None:
         if value.tag == RUN:
             data = json.loads(value.tensor.string_val[0])
             self.current = self._segment(data["id"], data["segment"], event.wall_time)
             self.current.start = data["step"]
-            self.current.info = RunInfo.from_dict(data["run"])
-        elif value.tag in (ALERTS, COVERAGE):
+            step, lane = data.get("from", (data["step"], "slow"))
+            self.current.infos.append((step, lane, RunInfo.from_dict(data["run"])))
+        elif value.tag in (ALERTS, COVERAGE, FRAMES):
             if self.current is None:
                 raise ValueError("the record of its run is missing")
             rows = [json.loads(s) for s in value.tensor.string_val]
             if value.tag == ALERTS:
                 self.current.alerts += rows
+            elif value.tag == FRAMES:
+                for chunk in rows:
+                    self.current.frames += _frame_facts(chunk)
             else:
                 self.current.coverage = tuple(Coverage.from_dict(r) for r in rows)
         else:
@@ -189,26 +237,45 @@ class _FileReader:
                 raise ValueError(f"format {data['v']} is newer than the {VERSION} that this package reads")
             self.contradictions |= value.tag in self.contents
             self.current = self._segment(data["id"], data["segment"], event.wall_time)
-            self.described[value.tag] = self.current, signal_from_json(data["signal"]), cells_from_json(data["cells"])
+            signal, cells = signal_from_json(data["signal"]), cells_from_json(data["cells"])
+            width = 1 + len(cells) * (2 if data.get("ranks") else 1)
+            self.described[value.tag] = self.current, signal, cells, width, int(data.get("every", 1))
             self.contents[value.tag] = content
         if value.tag not in self.described:
             raise ValueError("its description is missing")
-        segment, signal, cells = self.described[value.tag]
+        segment, signal, cells, width, every = self.described[value.tag]
         shape = tuple(d.size for d in value.tensor.tensor_shape.dim)
-        if len(shape) != 2 or shape[1] != 1 + len(cells):
-            raise ValueError(f"expected a tensor [k, {1 + len(cells)}], got {list(shape)}")
+        if len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"expected a tensor [k, {width}], got {list(shape)}")
         table = np.frombuffer(value.tensor.tensor_content, "<f4").reshape(shape)
         if not ((table[:, 0] >= 0) & (table[:, 0] <= event.step)).all():
             raise ValueError("its steps are damaged")
-        row = _Row(event.step, signal, cells, table)
+        row = Row(event.step, signal, cells, table, every)
         self.contradictions |= bool(row.steps[0] <= self.latest.get(signal.name, -1))
         self.latest[signal.name] = event.step
         segment.rows.append(row)
 
 
-def _join(segments: list[_Segment]) -> LogData:
+def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
+    """What stands in one chunk; infinite numbers are strings there."""
+    names = [tuple(n) for n in chunk["names"]]
+    return [
+        FrameFacts(
+            step,
+            lane,
+            names[at],
+            float(time),
+            None if pace is None else float(pace),
+            {name: int(count) for name, count in updates.items()},
+            {name: float(rate) for name, rate in rates.items()},
+            bool(early),
+        )
+        for step, lane, at, time, pace, updates, rates, *early in chunk["rows"]
+    ]
+
+
+def _join(segments: list[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
-    segments.sort(key=lambda s: (s.number, s.time))
     history = History()
     alerts: list[dict[str, Any]] = []
     for segment in segments:
@@ -216,8 +283,7 @@ def _join(segments: list[_Segment]) -> LogData:
             history.rollback(segment.start - 1)
             alerts = [a for a in alerts if a["step"] < segment.start]
         for row in segment.rows:
-            values = row.table[:, 1:]
-            history.extend(row.signal, row.steps, row.cells, values, unmark(values), segment.number)
+            history.extend(row.signal, row.steps, row.cells, row.values, unmark(row.values), segment.number)
         alerts += segment.alerts
     infos = [s.info for s in segments if s.info is not None]
     return LogData(

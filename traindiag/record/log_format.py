@@ -6,7 +6,11 @@ signals write each sample by itself, fast ones in chunks. A cell that was not me
 :data:`UNSEEN`; a NaN that was measured holds the usual one. Signal and cells stand in the plugin metadata as JSON. A
 reader may keep the first metadata of a tag only, so new cells open a new tag: ``<tag>/2``, ``<tag>/3``.
 
-``traindiag/run``, ``traindiag/alerts`` and ``traindiag/coverage`` are string tensors of JSON.
+Where ranks matter, columns ``n + 1`` to ``2 n`` hold the rank that each value came from.
+
+``traindiag/run``, ``traindiag/alerts``, ``traindiag/coverage`` and ``traindiag/frames`` are string tensors of JSON.
+The last one tells what frames there were, with all that rules may read in them beside their readings, so that a run
+can be judged once more.
 """
 
 from __future__ import annotations
@@ -29,21 +33,22 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from traindiag.record.alignment import Alignment
 from traindiag.record.cells import Cells
 from traindiag.record.coverage import Coverage
-from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
+from traindiag.record.frame import BoolArray, FloatArray, Frame, IntArray, Reading
 from traindiag.record.run_info import RunInfo
-from traindiag.record.signal import Signal
+from traindiag.record.signal import Lane, Signal
 
 VERSION = 1
 PLUGIN = "traindiag"
 PREFIX = "traindiag/"
-RUN, ALERTS, COVERAGE = PREFIX + "run", PREFIX + "alerts", PREFIX + "coverage"
+RUN, ALERTS, COVERAGE, FRAMES = PREFIX + "run", PREFIX + "alerts", PREFIX + "coverage", PREFIX + "frames"
 
 CHUNK_STEPS = 50
 """A killed job loses at most this many steps of the fast lane."""
 MAX_EVENT_BYTES = 96_000
 """What one event holds unless a single sample is larger: 100 kB cost the writer 12 ms of checksums in Python."""
 FAST_BYTES_PER_STEP = 2_000
-"""A fast signal of more cells than this buys is written at every second, third, ... step only."""
+"""A fast signal of more cells than this buys is written at every second, third, ... step only, and where it begins or
+ceases to hold NaN or infinity."""
 INLINE_BYTES = 4_000
 """A larger description is compressed, and stands in the first event of its tag only."""
 
@@ -158,12 +163,22 @@ class LogEncoder:
         self.run_id = run_id
         self.segment = segment
         self._start: int | None = None
+        self._told: list[RunInfo] = []
         self._tracks: dict[str, _Track] = {}
+        self._frames = _Frames()
 
-    def run(self, info: RunInfo, step: int) -> Summary:
-        """What is being trained, and where this job begins: the step of the first call, at which earlier jobs end."""
+    def run(self, info: RunInfo, step: int, lane: Lane = "slow") -> Summary:
+        """What is being trained, and where this job begins: the step of the first call, at which earlier jobs end.
+
+        Args:
+            info: Facts about the run. Those of the first call hold from the beginning.
+            step: The step from which on they hold.
+            lane: The lane of that step with which they begin to hold; the fast one comes first.
+        """
         self._start = step if self._start is None else self._start
+        self._told.append(info)
         data = {"v": VERSION, "run": info.to_dict(), "id": self.run_id, "segment": self.segment, "step": self._start}
+        data["from"] = [step, lane]
         return Summary(value=[strings_value(RUN, "run", [_json(data)])])
 
     def coverage(self, table: Sequence[Coverage]) -> Summary:
@@ -177,16 +192,49 @@ class LogEncoder:
     def frame(self, frame: Frame) -> list[tuple[int, Summary]]:
         """What a frame makes due: its own samples on the slow lane, full chunks on the fast lane."""
         due: list[tuple[int, Summary.Value]] = []
+        known = any(frame.run is told for told in self._told) or frame.run in self._told
+        if self._told and not known:
+            due += [(frame.step, value) for value in self.run(frame.run, frame.step, frame.lane).value]
+        due += self._frames.add(frame)
         for name, reading in frame.readings.items():
             track = self._tracks.get(name)
             if track is None:
                 track = self._tracks[name] = _Track(self, reading)
-            due += track.add(frame.step, reading)
+            # a rank matters where there are several
+            ranks = reading.ranks if frame.run.world_size > 1 else None
+            due += track.add(frame.step, reading, ranks)
         return _pack(due)
 
     def flush(self) -> list[tuple[int, Summary]]:
         """The chunks that are not full yet."""
-        return _pack([part for track in self._tracks.values() for part in track.flush()])
+        tracks = [part for track in self._tracks.values() for part in track.flush()]
+        return _pack([*tracks, *self._frames.flush()])
+
+
+class _Frames:
+    """What there is to know of frames beside their readings, not written yet."""
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[str, ...], int] = {}
+        self.rows: list[list[Any]] = []
+
+    def add(self, frame: Frame) -> list[tuple[int, Summary.Value]]:
+        names = self.names.setdefault(tuple(frame.readings), len(self.names))
+        known = frame.time, frame.seconds_per_step, dict(frame.updates), dict(frame.learning_rates)
+        self.rows.append([frame.step, frame.lane, names, *known, *([True] if frame.early else [])])
+        return self.flush() if len(self.rows) == CHUNK_STEPS else []
+
+    def flush(self) -> list[tuple[int, Summary.Value]]:
+        if not self.rows:
+            return []
+        at = self.rows[-1][0]
+        data = {"v": VERSION, "names": list(self.names), "rows": self.rows}
+        try:
+            chunk = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+        except (ValueError, TypeError):  # a learning rate of infinity, a number of numpy's
+            chunk = _json(data)
+        self.names, self.rows = {}, []
+        return [(at, strings_value(FRAMES, "frames", [chunk]))]
 
 
 class _Track:
@@ -196,35 +244,50 @@ class _Track:
         self.log = log
         self.signal = reading.signal
         self.order = Alignment(reading.cells)
+        self.ranks = False
+        self.bad = False
         self.version = 1
         self.rows: list[tuple[FloatArray, BoolArray]] = []
+        self.senders: list[IntArray] = []
         self.steps: list[int] = []
         self._describe()
 
     def _describe(self) -> None:
-        row_bytes = 4 * (1 + len(self.order.cells))
+        row_bytes = 4 * (1 + len(self.order.cells) * (1 + self.ranks))
         fast = self.signal.lane == "fast"
         self.every = -(-row_bytes // FAST_BYTES_PER_STEP) if fast else 1
         self.most = max(1, min(CHUNK_STEPS, MAX_EVENT_BYTES // row_bytes)) if fast else 1
         data = {"v": VERSION, "kind": "cells", "id": self.log.run_id, "segment": self.log.segment}
         cells = cells_to_json(self.order.cells)
-        self.content = _dump_description({**data, "signal": asdict(self.signal), "cells": cells, "every": self.every})
+        data |= {"signal": asdict(self.signal), "cells": cells, "every": self.every, "ranks": self.ranks}
+        self.content = _dump_description(data)
         self.described = False
 
-    def add(self, step: int, reading: Reading) -> list[tuple[int, Summary.Value]]:
+    def add(self, step: int, reading: Reading, ranks: IntArray | None) -> list[tuple[int, Summary.Value]]:
         due: list[tuple[int, Summary.Value]] = []
-        known = len(self.order.cells)
-        self.order.places(reading.cells)
-        if len(self.order.cells) > known:
+        known = self.order.cells
+        places = self.order.places(reading.cells)
+        grown = len(self.order.cells) > len(known)
+        if grown or (ranks is not None and not self.ranks):
             due += self.flush()
-            self.version += 1
+            if grown and (np.diff(places) < 0).any():  # the order of a reading says which cell is the first bad one
+                self.order = Alignment(reading.cells.union(known))
+            self.ranks |= ranks is not None
+            self.version += bool(self.described or grown)
             self._describe()
         elif self.steps and not self.steps[0] <= step < self.steps[0] + CHUNK_STEPS:
             due += self.flush()
-        if step % self.every == 0 or not (self.described or self.steps):
+        bad = self.every > 1 and bool((reading.seen & ~np.isfinite(reading.values)).any())
+        if step % self.every == 0 or bad != self.bad or not (self.described or self.steps):
             values, seen = self.order.spread(reading.cells, reading.values[None], reading.seen[None])
             self.rows.append((values[0], seen[0]))
+            if self.ranks:
+                senders = np.full(len(self.order.cells), -1, np.int64)
+                if ranks is not None:
+                    senders[self.order.places(reading.cells)] = ranks
+                self.senders.append(senders)
             self.steps.append(step)
+        self.bad = bad
         if self.steps and (len(self.steps) == self.most or step == self.steps[0] + CHUNK_STEPS - 1):
             due += self.flush()
         return due
@@ -233,10 +296,13 @@ class _Track:
         if not self.steps:
             return []
         at = self.steps[-1]
-        table = np.empty((len(self.rows), 1 + len(self.order.cells)), np.float32)
+        n = len(self.rows[0][0])  # there may be more cells by now
+        table = np.empty((len(self.rows), 1 + n * (1 + bool(self.senders))), np.float32)
         table[:, 0] = at - np.array(self.steps)
         values, seen = (np.stack(columns) for columns in zip(*self.rows))
-        table[:, 1:] = mark(values, seen)
+        table[:, 1 : 1 + n] = mark(values, seen)
+        if self.senders:
+            table[:, 1 + n :] = self.senders
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in table.shape])
         value = Summary.Value(
             tag=PREFIX + self.signal.name + (f"/{self.version}" if self.version > 1 else ""),
@@ -245,7 +311,7 @@ class _Track:
         if not self.described or len(self.content) <= INLINE_BYTES:
             value.metadata.CopyFrom(_metadata(self.content))
             self.described = True
-        self.rows, self.steps = [], []
+        self.rows, self.senders, self.steps = [], [], []
         return [(at, value)]
 
 

@@ -30,6 +30,17 @@ def above(least: float, **numbers: float | None) -> None:
             raise ValueError(f"{name} must be {what}, got {value!r}")
 
 
+def share(**shares: float) -> None:
+    """Refuses what is no share of a whole.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+
 def severity(value: str) -> None:
     """Refuses an unknown severity.
 

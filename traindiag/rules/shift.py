@@ -81,6 +81,8 @@ class Shift(Rule):
         23 reward/kl is 2 and has been above its level 1.05 for 4 values
     """
 
+    patient = True  # it looks back over many steps
+
     def __init__(
         self,
         signal: str,

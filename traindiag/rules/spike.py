@@ -25,7 +25,7 @@ RECENT = 8
 """Values that the level is taken from: few, because a young run's gradient norm may fall by half in as many steps."""
 
 PATIENT_FACTOR = 4.0
-"""What grows by this much over its recent level is judged at once anyway."""
+"""What grows by this much over its recent level is judged at once anyway. Notes can wait."""
 
 
 class Spike(Rule):
@@ -99,7 +99,7 @@ class Spike(Rule):
         self.signals = (signal,) if otherwise is None else (signal, otherwise)
         self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
         self.where, self.severity, self.direction = where, severity, direction
-        self.patient = factor >= PATIENT_FACTOR and direction == "up"
+        self.patient = severity == "info" or (factor >= PATIENT_FACTOR and direction == "up")
         what = {"up": "spike", "down": "drop", "both": "spike or drop"}[direction]
         self.name = name or f"{signal} {what}" + ("" if where == "*" else f" at {where}")
         self._log_factor = float(np.log(factor))

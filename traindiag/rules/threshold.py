@@ -20,6 +20,9 @@ RELEASE = 0.1
 NEAR = 0.5
 """A first value above this share of the limit is a level that the run brought along: batches differ by about that."""
 
+PATIENT_PERSISTENCE = 16
+"""Who waits for so many values in a row may see them some steps late. So may who only takes notes."""
+
 
 class Threshold(Rule):
     """Speaks while a signal is beyond a limit.
@@ -43,6 +46,9 @@ class Threshold(Rule):
             ``above`` keeps that level as its own: it is told as info while it is beyond ``above``, and fails only
             when it has grown ``growth`` times.
         growth: See ``inherit``.
+        share: Share of the cells seen that must be beyond the limit in the same sample; otherwise none counts as
+            beyond it. With 0.5 the median must be.
+        fallen_from: A cell is held against ``below`` only once it has been seen above this.
         name: Name of the rule, which must be unique; made of signal and limits where it is not given.
 
     Raises:
@@ -74,6 +80,8 @@ class Threshold(Rule):
         severity: Severity = "warning",
         inherit: bool = False,
         growth: float = 10.0,
+        share: float = 0.0,
+        fallen_from: float | None = None,
         name: str | None = None,
     ) -> None:
         check_signal(signal)
@@ -86,6 +94,9 @@ class Threshold(Rule):
         arguments.at_least(0, cooldown=cooldown)
         arguments.above(1.0, growth=growth)
         arguments.severity(severity)
+        arguments.share(share=share)
+        if fallen_from is not None and (below is None or fallen_from <= below):
+            raise ValueError(f"fallen_from must lie above below, got fallen_from={fallen_from} with below={below}")
         if above is not None and below is not None and below >= above:
             raise ValueError(f"below must be smaller than above, got below={below} and above={above}")
         if critical_above is not None and (above is None or critical_above <= above):
@@ -100,6 +111,8 @@ class Threshold(Rule):
         self.persistence, self.cooldown = persistence, cooldown
         self.where, self.severity = where, severity
         self.inherit, self.growth = inherit, growth
+        self.share, self.fallen_from = share, fallen_from
+        self.patient = severity == "info" or persistence >= PATIENT_PERSISTENCE
         sides = [f"{word} {number(at)}" for word, at in (("above", above), ("below", below)) if at is not None]
         self.name = name or " ".join([signal, *sides, *(() if where == "*" else ("at", where))])
         # Python floats: numpy compares them as float32, as the values are, so that a logged 0.1 is not above 0.1.
@@ -108,7 +121,9 @@ class Threshold(Rule):
         self._critical_low = -np.inf if critical_below is None else critical_below
         self._leave_above = np.inf if above is None else above - RELEASE * abs(above)
         self._leave_below = -np.inf if below is None else below + RELEASE * abs(below)
-        self._table = CellTable(where, count=0, active=False, met=False, held=False, limit=float(self._high))
+        self._table = CellTable(
+            where, count=0, active=False, met=False, held=False, limit=float(self._high), fell=False
+        )
         self._open = False
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
@@ -120,14 +135,21 @@ class Threshold(Rule):
         if self.inherit:
             self._keep_inherited(values, seen)
         limit = table["limit"] if self.inherit else self._high
-        crossing = seen & ((values > limit) | (values < self._low))
+        low = values < self._low
+        if self.fallen_from is not None:
+            low &= table["fell"]
+            table["fell"] |= seen & (values > self.fallen_from)
+        crossing = seen & ((values > limit) | low)
+        too_few = bool(self.share) and crossing.sum() < self.share * seen.sum()
+        if too_few:
+            crossing[:] = False
         count, active, held = table["count"], table["active"], table["held"]
         if not (self._open or crossing.any() or count.any() or (self.inherit and self._over_own(values, seen).any())):
             return ()
         judged = seen & (crossing | np.isfinite(values))
         np.copyto(count, np.where(crossing, count + 1, 0), where=judged)
         leave_above = table["limit"] * (1 - RELEASE) if self.inherit else self._leave_above
-        active &= ~(judged & (values <= leave_above) & (values >= self._leave_below))
+        active &= ~(judged & (too_few | ((values <= leave_above) & (values >= self._leave_below))))
         active |= crossing & (count >= self.persistence)
         if self.inherit:
             held &= ~(judged & (values <= self._leave_above))

@@ -84,6 +84,8 @@ class Trend(Rule):
         'reward/kl is 1.53 and grows 3 times per 1,000 steps, by 27 samples of the last 390 steps'
     """
 
+    patient = True  # it looks back over many steps
+
     def __init__(
         self,
         signal: str,

@@ -1,0 +1,106 @@
+"""What rules, ours or others', told of a stored run, and when a person would have known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from traindiag.alerts.alert import Alert
+from traindiag.engine.judge import BATCH
+from traindiag.playback.replay import replay
+from traindiag.record.catalogue import BY_NAME
+from traindiag.rules.default_pack import default_rules
+from traindiag.rules.rule import Rule
+from traindiag.rules.rule_set import RuleSet
+
+COUNTS = ("warning", "critical")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One event that reached WARNING.
+
+    Args:
+        step: First step whose numbers showed it.
+        told: Step at whose end a person was told.
+        closed: Step at which it was over, None while open.
+        severity: The highest that it reached.
+        rule: Name of the rule that opened it.
+        family: Family that it names.
+        diagnosis: Failure that it names, empty for none.
+    """
+
+    step: int
+    told: int
+    closed: int | None
+    severity: str
+    rule: str
+    family: str
+    diagnosis: str
+
+    def open_at(self, onset: int) -> bool:
+        """Whether it was told by ``onset`` and was not over before."""
+        return self.told <= onset and (self.closed is None or self.closed >= onset)
+
+
+def events(alerts: Sequence[Alert]) -> list[Alarm]:
+    """The events among alerts that reached WARNING, from the first message that said so."""
+    found: dict[str, Alarm] = {}
+    for alert in alerts:
+        known = found.get(alert.id)
+        if alert.status == "closed":
+            if known is not None:
+                found[alert.id] = _with(known, closed=alert.step)
+        elif alert.severity in COUNTS:
+            if known is None:
+                found[alert.id] = Alarm(
+                    alert.step,
+                    alert.step + 1 + _lateness(alert),
+                    None,
+                    alert.severity,
+                    alert.rule,
+                    alert.family,
+                    getattr(alert, "diagnosis", ""),
+                )
+            else:
+                found[alert.id] = _with(known, severity=alert.severity)
+    return list(found.values())
+
+
+def _lateness(alert: Alert) -> int:
+    """Steps that a live run may take longer than one to judge: calm steps wait for others, jumps and NaN do not."""
+    signal = BY_NAME.get(alert.signal)
+    fast = signal is not None and signal.lane == "fast"
+    jumps = alert.kind in ("spike", "nonfinite") or alert.signal == "optimizer/sentinel_rms_t"
+    return BATCH - 1 if fast and not jumps else 0
+
+
+def _with(alarm: Alarm, **changes: Any) -> Alarm:
+    return Alarm(**{**alarm.__dict__, **changes})
+
+
+def judge_run(folder: Path, rules: Sequence[Rule] | None = None) -> list[Alarm]:
+    """Alarms of one stored run under the default pack or under other rules."""
+    return events(replay(folder, rules).alerts)
+
+
+def judge_folder(runs: Path, names: Sequence[str], jobs: int = 2) -> dict[str, list[Alarm]]:
+    """Alarms of many stored runs under the default pack, by name of the run."""
+    with ProcessPoolExecutor(jobs) as pool:
+        found = pool.map(judge_run, [runs / "logs" / name for name in names], chunksize=8)
+        return dict(zip(names, found))
+
+
+def pack_digest() -> str:
+    """What the numbers were made with."""
+    return RuleSet(default_rules()).digest()
+
+
+def read_fates(path: Path) -> dict[str, dict[str, Any]]:
+    """By name of the run."""
+    told: Mapping[str, Any] = json.loads(path.read_text())
+    return dict(told["runs"])
