@@ -106,8 +106,11 @@ def tokens(step: int, length: int) -> Tensor:
 
 def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, Verdicts]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    # given as one's own, each rule tells its verdicts by itself, whatever failure they belong to
-    rules: dict[str, Any] = {"default_rules": False, "rules": default_rules()}
+    # as rules of one's own, by another name, each tells its verdicts by itself, whatever failure they belong to
+    own = default_rules()
+    for rule in own:
+        rule.name = f"own {rule.name}"
+    rules: dict[str, Any] = {"default_rules": False, "rules": own}
     diagnostics = Diagnostics(
         model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True, **rules, **settings
     )
@@ -123,7 +126,9 @@ def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, 
                 tensor *= GROWTH
     diagnostics.finish()
     alerts = [a for a in diagnostics.alerts if a.kind != "wiring"]  # of parameters: others make the same function
-    verdicts = [(a.status, a.rule, a.step, a.severity, a.signal, a.where, a.kind) for a in alerts]
+    verdicts = [
+        (a.status, a.rule.removeprefix("own "), a.step, a.severity, a.signal, a.where, a.kind) for a in alerts
+    ]
     return {name: np.array(series.values) for name, series in diagnostics.history.items()}, verdicts
 
 

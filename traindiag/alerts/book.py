@@ -17,13 +17,25 @@ from traindiag.record.cells import Cell
 from traindiag.record.frame import Frame
 from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Clock
-from traindiag.rules.rule import SEVERITIES, Severity, Verdict
+from traindiag.rules.default_pack import default_rules
+from traindiag.rules.rule import SEVERITIES, Rule, Severity, Verdict
 
 KEEP = 500
 """Alerts held in memory and in the checkpoint; the oldest go first."""
 
 WITNESSES = 3
 """Other rules that an alert quotes."""
+
+
+def own_rules(rules: Iterable[Rule]) -> frozenset[str]:
+    """Names of the rules that are none of the default pack.
+
+    Example:
+        >>> from traindiag.rules.threshold import Threshold
+        >>> sorted(own_rules([*default_rules(), Threshold("reward/kl", above=10.0)]))
+        ['reward/kl above 10']
+    """
+    return frozenset(rule.name for rule in rules) - {rule.name for rule in default_rules()}
 
 
 @dataclass

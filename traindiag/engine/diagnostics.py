@@ -114,8 +114,7 @@ class Diagnostics:
             LeavingLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
         )
-        own = [rule.name for rule in self.settings.rules]
-        self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report, own=own)
+        self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
         self._has_early = any(m.early for m in self._slow.monitors.values())
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from traindiag.alerts.alert import Alert
-from traindiag.alerts.book import AlertBook
+from traindiag.alerts.book import AlertBook, own_rules
 from traindiag.record.frame import Frame
 from traindiag.record.series import History
 from traindiag.rules.rule import Rule
@@ -25,18 +25,9 @@ class Judge:
         run_id: Identifier that alerts carry.
         strict: Whether a rule that raises stops the run.
         report: Told once, in words, of a rule that is switched off.
-        own: Names of rules of the user's own, which keep events for themselves.
     """
 
-    def __init__(
-        self,
-        rules: Sequence[Rule],
-        run_id: str,
-        *,
-        strict: bool,
-        report: Callable[[str], None],
-        own: Collection[str] = (),
-    ) -> None:
+    def __init__(self, rules: Sequence[Rule], run_id: str, *, strict: bool, report: Callable[[str], None]) -> None:
         self.history = History()
         """Every number recorded so far; :meth:`record` brings it up to date."""
         self._unrecorded: list[Frame] = []
@@ -47,7 +38,7 @@ class Judge:
                 f"rule {name!r} is switched off: {type(error).__name__}: {error}; training goes on"
             ),
         )
-        self._book = AlertBook(run_id, own=own)
+        self._book = AlertBook(run_id, own=own_rules(rules))
 
     @property
     def alerts(self) -> list[Alert]:

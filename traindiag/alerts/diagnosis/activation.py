@@ -40,8 +40,8 @@ class ExplodingResidualStream(Failure):
 
     def diagnose(self, case: Case) -> Finding | None:
         verdict, run = case.verdict, case.run
-        grown = case.grown(_RMS)
-        if verdict.signal != _DEPTH and grown is not None and grown < GROWN:
+        grown, held = case.grown(_RMS), verdict.limit is not None and verdict.value >= verdict.limit
+        if verdict.signal != _DEPTH and grown is not None and grown < GROWN and (verdict.signal == _MAX or not held):
             return None
         if verdict.signal == _DEPTH and verdict.limit is not None and verdict.value < verdict.limit:
             return None  # a stream that fades

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from traindiag.alerts.alert import Remedy
@@ -55,7 +55,13 @@ class Case:
 
     @property
     def run(self) -> RunInfo:
-        return self.frame.run
+        """Facts of the run; a learning rate that was raised beyond its planned peak is the peak."""
+        run, rates = self.frame.run, self.frame.learning_rates
+        raised = [o.peak_lr is not None and rates.get(o.name, 0.0) > o.peak_lr for o in run.optimizers]
+        if not any(raised):
+            return run
+        optimizers = (replace(o, peak_lr=rates[o.name]) if up else o for o, up in zip(run.optimizers, raised))
+        return replace(run, optimizers=tuple(optimizers))
 
     def by(self, *signals: str, kinds: Sequence[str] = ()) -> Witness | None:
         """The first other witness on one of these signals (globs), of one of these kinds."""
@@ -74,9 +80,10 @@ class Case:
         return self.memory.healthy(signal)
 
     def grown(self, signal: str) -> float | None:
-        """The largest value now as a multiple of what it was earlier in the run, or at its first sight."""
-        now, before = self.memory.now(signal), self.before(signal)
-        return now.high / before.high if now and before and before.high > 0 else None
+        """The largest value now as a multiple of the smaller of what it was at first and earlier in the run."""
+        now, sights = self.memory.now(signal), (self.before(signal), self.memory.earlier(signal))
+        least = [s.high for s in sights if s is not None and s.high > 0]
+        return now.high / min(least) if now and least else None
 
     def before(self, signal: str) -> Level | None:
         """The level to hold the present one against: the first, unless that is this one."""

@@ -142,7 +142,9 @@ class LearningRateTooHigh(Failure):
         verdict, level = case.verdict, case.now(_RATIO)
         if verdict.kind == "threshold" and verdict.limit is not None and verdict.value < verdict.limit:
             return None  # below a lower limit
-        if level is not None and level.middle < GOOD_UPDATE:
+        seen = case.frame.readings.get(_RATIO)
+        most = seen is not None and verdict.others > 0 and 2 * (verdict.others + 1) >= int(seen.seen.sum())
+        if level is not None and level.middle < GOOD_UPDATE and not most:
             return None  # one tensor that started at zero, as LoRA's B does, is no matter of the learning rate
         ratio = level.middle if level is not None else verdict.value
         rates = [r for r in case.frame.learning_rates.values() if r > 0]

@@ -30,7 +30,8 @@ class OutputLogitDivergence(Failure):
     def diagnose(self, case: Case) -> Finding | None:
         earlier, score = case.memory.earlier(_Z_SCORE), case.now(_Z_SCORE)
         ruled_out: tuple[str, ...] = ()
-        if earlier is not None and score is not None:
+        if earlier is not None and score is not None and _Z_SCORE not in case.verdict.evidence:
+            # unless the rule has looked at it by itself
             if score.middle >= LEARNING * max(earlier.middle, 0.0):
                 return None
             ruled_out = (
