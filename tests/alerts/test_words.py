@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rules.frames import frame
+from tests.rules.frames import frame, reading
 from traindiag.alerts.diagnosis.failure import Case, Finding
 from traindiag.alerts.diagnosis.failures import diagnose
 from traindiag.alerts.diagnosis.memory import Memory
@@ -88,13 +88,25 @@ def test_non_finite() -> None:
     assert not told(replace(bad, severity="info"), RUN).remedies
 
 
+KINDS = {"Growth": "trend", "OutputDrift": "trend", "StaleSecondMoment": "threshold", "Vanishing": "threshold"}
+"""Of rules whose verdicts have a kind that is not their own name."""
+
+
 @pytest.mark.parametrize("rule", default_rules(), ids=lambda r: r.name)
 def test_every_default_rule_is_explained(rule: Rule) -> None:
-    kind = "wiring" if isinstance(rule, StructuralZeros) else type(rule).__name__.lower()
+    name = type(rule).__name__
+    kind = "wiring" if isinstance(rule, StructuralZeros) else KINDS.get(name, name.lower())
     signal = next(iter(rule.signals), "loss/value")
-    said = told(
-        Verdict(rule.name, kind, signal, 9, severity=rule.settings().get("severity", "critical"), value=1.0), RUN
+    limit = 2.0 if name == "Vanishing" else None
+    severity = rule.settings().get("severity", "critical")
+    memory = Memory()
+    for step, size in ((0, 5.0), (8, 50.0)):  # norms of queries and keys are told with the logits that they make
+        memory.take(frame(step, reading([size], "attention/logit_range")), [])
+    case = Case(
+        Verdict(rule.name, kind, signal, 9, severity=severity, value=1.0, limit=limit), frame(9, run=RUN), memory
     )
+    failure, said = diagnose(case)
+    assert failure is not None
     assert said.cause
     assert said.remedies
     assert signal not in said.title  # not the words for just any signal

@@ -157,7 +157,7 @@ class AlertBook:
             if not leads:
                 continue
             lead = max(leads, key=lambda v: _rank(v.severity))  # the first of equals
-            severity = promoted(lead.severity, event.witnesses.values())
+            severity = promoted(lead.severity, event.witnesses.values(), self._memory)
             is_new = event in opened
             if is_new or _rank(severity) > _rank(event.told):
                 event.lead, event.told = lead.rule, severity

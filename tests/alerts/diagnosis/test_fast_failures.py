@@ -44,6 +44,16 @@ def test_loss_and_gradient_that_jump_in_one_step_came_with_the_batch() -> None:
     assert changes(alert) == {"clip": 1.0}
 
 
+def test_noise_around_a_loss_that_is_solved_is_no_corrupt_batch() -> None:
+    story = Story()
+    story.at(0, {**CALM, LOSS: 2.3}, lane="fast")
+    for step in range(1, 40):
+        story.at(step, {**CALM, LOSS: 0.001, NORM: 0.01}, lane="fast")
+    spiked = replace(spike, value=0.08)
+    alerts = story.at(40, {**CALM, LOSS: 0.08, NORM: 1.0}, jump, spiked, lane="fast")
+    assert {(a.diagnosis, a.severity) for a in alerts} == {("gradient-norm jump", "info")}
+
+
 def test_a_second_moment_that_is_left_behind_by_the_same_batch_is_its_witness() -> None:
     (alert,) = after_calm().at(40, {LOSS: 9.0, NORM: 30.0, MOMENT: 4.0}, jump, behind, spike, lane="fast")
     assert alert.diagnosis == "corrupt batch"
@@ -171,6 +181,15 @@ def test_float16_overflow() -> None:
     (alert,) = infinite.at(40, {NORM: math.inf}, replace(BAD, value=math.inf), lane="fast")
     assert alert.diagnosis == "low-precision overflow"
     assert "activations out of range: activation/max was 40" in alert.ruled_out[0]
+
+
+def test_an_infinite_gradient_of_a_finite_loss_where_the_precision_is_not_known() -> None:
+    infinite = replace(BAD, value=math.inf)
+    (alert,) = Story(replace(RUN, precision=None)).at(40, {LOSS: 2.0, NORM: math.inf}, infinite, lane="fast")
+    assert alert.diagnosis == "low-precision overflow"
+    (alert,) = Story(replace(RUN, precision=None)).at(40, {LOSS: math.nan, NORM: math.inf}, infinite, lane="fast")
+    assert alert.diagnosis == "non-finite values"
+    assert "precision" not in changes(alert)
 
 
 def test_a_nan_without_large_numbers_is_no_overflow() -> None:

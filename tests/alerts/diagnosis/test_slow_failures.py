@@ -100,6 +100,15 @@ def test_log_z_that_grows_with_what_is_learned() -> None:
     assert alert.diagnosis == ""
 
 
+def test_a_rule_that_has_looked_at_the_score_itself_is_believed() -> None:
+    story = Story()
+    for step in range(0, 2000, 100):
+        story.at(step, {"output/target_z_score": 1 + step / 500})
+    looked = replace(DRIFT, evidence="log Z is 60, while output/target_z_score gained 0.1%")
+    (alert,) = story.at(2000, {"output/target_z_score": 5.0}, looked)
+    assert alert.diagnosis == "output-logit divergence"
+
+
 def test_decay_that_is_there_is_not_advised() -> None:
     decayed = replace(ADAMW, settings={**ADAMW.settings, "weight_decay": 0.1})
     (alert,) = Story(replace(RUN, optimizers=(decayed,))).at(9, {"output/log_z": 60.0}, DRIFT)
@@ -156,6 +165,29 @@ def test_one_tensor_that_started_at_zero_is_no_matter_of_the_learning_rate() -> 
     assert "the median is 0.0015" in alert.ruled_out[0]
     low = replace(RATIO, value=1e-9, limit=1e-8)
     assert Story().at(1, {"optimizer/update_ratio": 1e-9}, low)[0].diagnosis == ""
+
+
+def test_whatever_gives_way_under_a_raised_learning_rate_it_is_the_learning_rate() -> None:
+    story = Story()
+    for step in range(0, 400, 100):
+        story.at(step, {"optimizer/update_ratio": [0.01, 0.02, 0.01]}, rate=0.1)
+    grown = said("optimizer/update_ratio", "trend", 0.06, 0.03, at=TENSOR, others=2)
+    dead = said("activation/zero_fraction", "threshold", 0.97, 0.9)
+    (alert,) = story.at(400, {"optimizer/update_ratio": [0.03, 0.06, 0.03]}, dead, grown, rate=0.3)
+    assert (alert.diagnosis, alert.family) == ("learning rate too high", "optimizer")
+    assert "the learning rate is 0.3, the peak of its plan 0.1" in alert.evidence
+    assert alert.remedies[0].text == "Bring the learning rate back from 0.3 to 0.1."
+    assert changes(alert)["optimizer.lr"] == 0.1
+    (kept,) = Story().at(400, {"optimizer/update_ratio": [0.03] * 3}, dead, rate=0.1)
+    assert kept.diagnosis == "dead units"
+
+
+def test_most_updates_that_grow_are_no_matter_of_one_tensor() -> None:
+    grown = said("optimizer/update_ratio", "trend", 0.009, 0.003, at=TENSOR, others=1)
+    (alert,) = Story().at(400, {"optimizer/update_ratio": [0.009, 0.009, 0.001]}, grown)
+    assert alert.diagnosis == "learning rate too high"
+    (alert,) = Story().at(400, {"optimizer/update_ratio": [0.009, 0.001, 0.001]}, replace(grown, others=0))
+    assert alert.diagnosis == "update out of proportion"
 
 
 # -- activations -----------------------------------------------------------------------------------

@@ -57,11 +57,16 @@ class Case:
     def run(self) -> RunInfo:
         """Facts of the run; a learning rate that was raised beyond its planned peak is the peak."""
         run, rates = self.frame.run, self.frame.learning_rates
-        raised = [o.peak_lr is not None and rates.get(o.name, 0.0) > o.peak_lr for o in run.optimizers]
-        if not any(raised):
+        if not self.raised(1.0):
             return run
-        optimizers = (replace(o, peak_lr=rates[o.name]) if up else o for o, up in zip(run.optimizers, raised))
+        optimizers = (replace(o, peak_lr=max(o.peak_lr or 0.0, rates.get(o.name, 0.0))) for o in run.optimizers)
         return replace(run, optimizers=tuple(optimizers))
+
+    def raised(self, factor: float) -> tuple[tuple[float, float], ...]:
+        """Learning rate and planned peak of each optimizer whose rate is ``factor`` times its peak and more."""
+        rates = self.frame.learning_rates
+        pairs = ((rates.get(o.name, 0.0), o.peak_lr) for o in self.frame.run.optimizers)
+        return tuple((rate, peak) for rate, peak in pairs if peak is not None and peak > 0 and rate > factor * peak)
 
     def by(self, *signals: str, kinds: Sequence[str] = ()) -> Witness | None:
         """The first other witness on one of these signals (globs), of one of these kinds."""

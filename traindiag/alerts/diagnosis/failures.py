@@ -22,6 +22,7 @@ from traindiag.alerts.diagnosis.gradient import (
 from traindiag.alerts.diagnosis.nonfinite import LowPrecisionOverflow, NonFiniteValues, ScalerSearch, SkippedUpdates
 from traindiag.alerts.diagnosis.optimizer import (
     EpsilonRegime,
+    LearningRateRaised,
     LearningRateTooHigh,
     OutOfProportion,
     StaleSecondMoment,
@@ -46,6 +47,7 @@ FAILURES: tuple[Failure, ...] = (
     NonFiniteValues(),
     SkippedUpdates(),
     InheritedLogits(),
+    LearningRateRaised(),
     AttentionLogitGrowth(),
     ImpreciseLogits(),
     SharpenedAttention(),

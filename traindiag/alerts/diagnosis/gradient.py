@@ -46,6 +46,8 @@ class CorruptBatch(Failure):
         gradient = _among(case, *NORMS)
         if loss is None or gradient is None or loss.since != gradient.since or verdict.step - loss.since > 2:
             return None
+        if not case.memory.rose(loss.last.value):
+            return None
         earlier = [w for w in case.witnesses if w.since < loss.since and w.last.severity != "info"]
         if earlier:
             return None

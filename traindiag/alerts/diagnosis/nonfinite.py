@@ -48,6 +48,14 @@ class LowPrecisionOverflow(Failure):
         verdict, run = case.verdict, case.run
         skipped = verdict.signal == "optimizer/skipped"
         half = run.precision is not None and run.precision.startswith("16")
+        loss = case.frame.readings.get("loss/value")
+        if (
+            run.precision is None
+            and math.isinf(verdict.value)
+            and loss is not None
+            and np.isfinite(loss.values).all()
+        ):
+            half = True  # float32 would have to pass 1e38 within one backward pass
         if not (verdict.kind == "nonfinite" and verdict.severity == "critical") and not skipped:
             return None
         largest = case.healthy("activation/max") or case.now("activation/max")
@@ -55,6 +63,8 @@ class LowPrecisionOverflow(Failure):
         if not half or not (skipped or close or math.isinf(verdict.value) or case.by("optimizer/skipped")):
             return None  # a NaN alone has many causes
         evidence = _last_healthy(case) if not skipped else ()
+        if run.precision is None:
+            evidence += ("the loss is finite and the gradient infinite; the precision is not known",)
         ruled_out: tuple[str, ...] = ()
         if largest is not None:
             text = f"activation/max was {number(largest.high)} at {largest.high_at} (step {largest.step}); "
@@ -126,7 +136,7 @@ class NonFiniteValues(Failure):
                     "Repeat the step under torch.autograd.set_detect_anomaly(True), which names the operation.",
                     when="restart",
                 ),
-                *_wider(run),
+                *(_wider(run) if run.precision is not None else ()),
                 *clip(run),
                 *lower_lr(run),
             ),
@@ -134,9 +144,10 @@ class NonFiniteValues(Failure):
 
 
 def _wider(run: RunInfo) -> list[Remedy]:
-    if run.precision is None or not run.precision.startswith("16"):
+    if run.precision is not None and not run.precision.startswith("16"):
         return []
-    text = f"Use bf16-mixed instead of {run.precision}: float16 ends at 65504, bfloat16 has the range of float32."
+    instead = run.precision or "16-mixed"
+    text = f"Use bf16-mixed instead of {instead}: float16 ends at 65504, bfloat16 has the range of float32."
     return [Remedy(text, {"precision": "bf16-mixed"}, "restart", "Kalamkar et al. 2019, arXiv 1905.12322")]
 
 

@@ -34,6 +34,10 @@ SMALL_EPS = 1e-15
 LARGE_UPDATE = 0.1
 """Update-to-weight ratio that TheDeepChecker calls too large."""
 
+RAISED = 1.5
+"""Learning rate in units of its planned peak from which it was raised: the distance of two regimes in
+:mod:`traindiag.rules.baseline`."""
+
 GOOD_UPDATE = 0.03
 """A place down the 1-3-10 ladder from it."""
 
@@ -166,6 +170,52 @@ class LearningRateTooHigh(Failure):
                     at_most=at_most,
                     source=f"brings the median update to {GOOD_UPDATE:g} of the weights; TheDeepChecker's limit is "
                     f"{LARGE_UPDATE:g}",
+                ),
+                *longer_warmup(case.run),
+            ),
+        )
+
+
+class LearningRateRaised(Failure):
+    """Something goes wrong while the learning rate is far above the peak that the run began with.
+
+    Whatever gives way first, logits, units or the stream, the learning rate is what changed.
+    """
+
+    name = LearningRateTooHigh.name
+    family = LearningRateTooHigh.family
+    signals = (
+        _RATIO, _EPS, "activation/rms", "activation/growth_exponent", "activation/zero_fraction", "attention/*",
+        "gradient/block_norm",
+    )  # fmt: skip
+    kinds = ("threshold", "trend", "forecast", "shift")
+
+    def diagnose(self, case: Case) -> Finding | None:
+        raised = case.raised(RAISED)
+        if not raised or (case.verdict.severity == "info" and case.verdict.signal.startswith("attention/")):
+            return None
+        now, before = case.now(_RATIO), case.memory.earlier(_RATIO)
+        if now is not None and before is not None and now.middle < before.middle:
+            return None  # the weights have grown with it
+        rate, peak = max(raised)
+        evidence: tuple[str, ...] = (f"the learning rate is {number(rate)}, the peak of its plan {number(peak)}",)
+        if now is not None and before is not None:
+            evidence += (
+                f"the median update was {number(before.middle)} of the weights at step {before.step} and is "
+                f"{number(now.middle)} (step {now.step})",
+            )
+        return Finding(
+            f"The learning rate is too high, and {case.verdict.signal} shows it{case.at}",
+            "The learning rate was raised while the run was under way. What gives way first differs from model to "
+            "model: logits, units, the residual stream or the scale of gradients.",
+            evidence,
+            (),
+            (
+                Remedy(
+                    f"Bring the learning rate back from {number(rate)} to {number(peak)}.",
+                    {key(case.run, o, "lr"): o.peak_lr for o in case.frame.run.optimizers},
+                    "restart",
+                    "the last learning rate that this run was healthy with",
                 ),
                 *longer_warmup(case.run),
             ),
