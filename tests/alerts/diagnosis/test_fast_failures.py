@@ -49,7 +49,7 @@ def test_noise_around_a_loss_that_is_solved_is_no_corrupt_batch() -> None:
     story.at(0, {**CALM, LOSS: 2.3}, lane="fast")
     for step in range(1, 40):
         story.at(step, {**CALM, LOSS: 0.001, NORM: 0.01}, lane="fast")
-    spiked = replace(spike, value=0.08)
+    spiked = replace(spike, value=0.08, limit=0.004)
     alerts = story.at(40, {**CALM, LOSS: 0.08, NORM: 1.0}, jump, spiked, lane="fast")
     assert {(a.diagnosis, a.severity) for a in alerts} == {("gradient-norm jump", "info")}
 
