@@ -55,5 +55,13 @@ def test_it_holds_for_a_while_and_ends_once_in_any_job() -> None:
     assert [[v.active for v in verdicts] for verdicts in said] == [[True]] * 4 + [[False], [], []]
 
 
+def test_a_step_in_the_middle_of_a_job_is_not_judged() -> None:
+    rule = OptimizerStateLost()
+    say(rule, 0, 0, [0.9] * 4)
+    assert say(rule, 1, 0, [1.0] * 4) == []
+    say(rule, 2, 1, [0.9] * 4)
+    assert say(rule, 3, 1, [1.0] * 4) == []
+
+
 def test_a_job_resumed_without_any_state_of_ours_is_not_judged() -> None:
     assert say(OptimizerStateLost(), 9, 1, [1.0] * 4) == []

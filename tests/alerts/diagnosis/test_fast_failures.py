@@ -66,6 +66,17 @@ def test_where_something_was_wrong_before_the_batch_is_not_to_blame() -> None:
     assert all(a.diagnosis != "corrupt batch" for a in [*alerts, *story.book.alerts])
 
 
+def test_a_run_that_was_failing_before_is_not_the_fault_of_a_batch_and_a_frozen_part_is_no_failing_run() -> None:
+    numbers = {**CALM, LOSS: 9.0, NORM: 30.0}
+    logits = said("attention/logit_range", "threshold", 2e3, 1e3)
+    story = after_calm()
+    story.at(30, {}, logits)
+    assert [a.diagnosis for a in story.at(40, numbers, jump, spike, lane="fast")] == ["gradient-norm jump"]
+    story = after_calm()
+    story.at(30, {}, said("wiring/unchanged", "wiring", 1.0, at=EMBEDDING))
+    assert [a.diagnosis for a in story.at(40, numbers, jump, spike, lane="fast")] == ["corrupt batch"]
+
+
 # -- stale second moment ---------------------------------------------------------------------------
 
 
@@ -108,6 +119,15 @@ def test_the_loss_makes_a_warning_of_it() -> None:
     assert (alert.status, alert.severity, alert.id) == ("escalated", "warning", note.id)
     assert "gradient/norm is 30 (spike) (step 40)" in alert.evidence
     assert alert.bundle["steps"][-1] == 43
+
+
+def test_a_jump_that_comes_again_counts_from_then() -> None:
+    story = after_calm()
+    for step in (40, 70):
+        story.at(step, {**CALM, NORM: 30.0}, jump, lane="fast")
+        story.at(step + 1, CALM, over(jump), lane="fast")
+    (alert,) = story.at(73, {**CALM, LOSS: 9.0}, spike, lane="fast")
+    assert (alert.status, alert.severity) == ("escalated", "warning")
 
 
 def test_a_loss_that_jumps_much_later_is_another_event() -> None:

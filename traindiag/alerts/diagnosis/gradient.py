@@ -48,9 +48,10 @@ class CorruptBatch(Failure):
             return None
         if not case.memory.rose(loss.last.value):
             return None
-        earlier = [w for w in case.witnesses if w.since < loss.since and w.last.severity != "info"]
-        if earlier:
-            return None
+        if any(
+            w.since < loss.since and w.last.severity != "info" and w.last.kind != "wiring" for w in case.witnesses
+        ):
+            return None  # it was on its way already
         step, moment = loss.since, case.healthy(RMS_T[1]) or case.healthy(RMS_T[0])
         return Finding(
             f"The batch of step {step} is out of the ordinary",
