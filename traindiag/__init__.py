@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
     from traindiag.rules.rule import Rule, Verdict
+    from traindiag.rules.resumed import OptimizerStateLost
     from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
@@ -52,6 +53,7 @@ __all__ = [
     "History",
     "Monitor",
     "NonFinite",
+    "OptimizerStateLost",
     "OutputDrift",
     "Preflight",
     "Reading",
@@ -99,6 +101,7 @@ _HOMES = {
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
     "traindiag.rules.output_drift": ("OutputDrift",),
     "traindiag.rules.growth": ("Growth",),

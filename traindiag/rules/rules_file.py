@@ -14,6 +14,7 @@ from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
+from traindiag.rules.resumed import OptimizerStateLost
 from traindiag.rules.rule import Rule
 from traindiag.rules.rule_set import RuleSet
 from traindiag.rules.second_moment import StaleSecondMoment
@@ -35,6 +36,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
         Shift,
         Growth,
         StaleSecondMoment,
+        OptimizerStateLost,
         OutputDrift,
         Vanishing,
         NonFinite,
