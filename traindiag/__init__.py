@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from traindiag.rules.growth import Growth
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
-    from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.resumed import OptimizerStateLost
+    from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
