@@ -42,8 +42,11 @@ def test_the_rows_are_those_that_were_published() -> None:
 
 
 def test_bloom_176b_alone() -> None:
-    """With one row before it, a spike has four values to be held against at 31218, one step before the loss."""
-    assert told(published("bloom_176b_first_loss_spike")) == [(31218, "info")]
+    """With one row before it, a spike has four values to be held against at 31218, one step before the loss.
+
+    The loss is its second witness, and makes a warning of the note.
+    """
+    assert told(published("bloom_176b_first_loss_spike")) == [(31218, "info"), (31219, "warning")]
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.15, 0.35])
