@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import traindiag
 from traindiag.cli import app, signals_markdown
 from traindiag.record.catalogue import SIGNALS
+from traindiag.rules.default_pack import described_rules
 
 ROOT = Path(__file__).parents[1]
 runner = CliRunner()
@@ -84,6 +86,9 @@ def test_signals_shows_every_signal_with_formula_and_source() -> None:
     for signal in SIGNALS:
         for part in (signal.name, signal.formula, signal.source):
             assert part in shown
+    for described in described_rules():
+        for part in (described.rule.name, described.says, described.source):
+            assert part in shown
 
 
 def test_readme_table_is_the_generated_one() -> None:
@@ -95,8 +100,26 @@ def test_readme_table_is_the_generated_one() -> None:
 
 def test_readme_code_compiles() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         compile(block, "README.md", "exec")
         for name in re.findall(r"from traindiag import (.*)", block)[0].split(", "):
             assert name in traindiag.__all__
+
+
+def test_readme_actions_are_the_same_from_python_and_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", "https://example.org/secret")
+    section = (ROOT / "README.md").read_text().split("## Alerts that act")[1].split("\n## ")[0]
+    (code,), (text,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.S) for kind in ("python", "yaml"))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    (tmp_path / "diagnostics.yaml").write_text(text)
+    read = traindiag.TrainingDiagnostics.from_yaml(tmp_path / "diagnostics.yaml")
+    python, file = names["diagnostics"]._settings, read._settings
+    assert [vars(action) for action in file.actions] == [vars(action) for action in python.actions]
+    assert (file.severity, file.silence) == (python.severity, python.silence)
+    assert file.rules[0].where == "blocks.0.*"
+    for action in re.findall(r"^\| `(\w+)\(", section, re.M):
+        assert action in traindiag.__all__

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from traindiag.adapters.transformers import HFTrainingDiagnostics
+    from traindiag.alerts.actions import Call, Raise, SaveCheckpoint, StopTraining, TrainingAlert
     from traindiag.alerts.alert import Alert, Remedy
+    from traindiag.alerts.webhook import Webhook
     from traindiag.engine.diagnostics import Diagnostics
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alert",
+    "Call",
     "Cell",
     "Cells",
     "Diagnostics",
@@ -56,22 +59,27 @@ __all__ = [
     "OptimizerStateLost",
     "OutputDrift",
     "Preflight",
+    "Raise",
     "Reading",
     "Remedy",
     "Replay",
     "Rule",
     "RunInfo",
+    "SaveCheckpoint",
     "Series",
     "Settings",
     "Shift",
     "Signal",
     "Spike",
     "StaleSecondMoment",
+    "StopTraining",
     "Threshold",
+    "TrainingAlert",
     "TrainingDiagnostics",
     "Trend",
     "Vanishing",
     "Verdict",
+    "Webhook",
     "preflight",
     "replay",
     "replay_series",
@@ -79,7 +87,9 @@ __all__ = [
 
 _HOMES = {
     "traindiag.adapters.transformers": ("HFTrainingDiagnostics",),
+    "traindiag.alerts.actions": ("Call", "Raise", "SaveCheckpoint", "StopTraining", "TrainingAlert"),
     "traindiag.alerts.alert": ("Alert", "Remedy"),
+    "traindiag.alerts.webhook": ("Webhook",),
     "traindiag.engine.diagnostics": ("Diagnostics",),
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),

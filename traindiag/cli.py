@@ -21,6 +21,10 @@ from traindiag.record.signal import Signal
 if TYPE_CHECKING:
     from traindiag.playback.replay import Replay
 
+if TYPE_CHECKING:
+    from traindiag.rules.default_pack import Described
+    from traindiag.rules.rule import Rule
+
 app = typer.Typer(
     help="Early warnings of unstable training, for PyTorch and Lightning.",
     no_args_is_help=True,
@@ -49,11 +53,16 @@ def main(
 def signals(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table that the README shows.")] = False,
 ) -> None:
-    """List every built-in signal: what it measures, how, and where it comes from."""
+    """List every built-in signal and every default rule: what they measure and judge, and where that comes from."""
+    from traindiag.rules.default_pack import described_rules
+
     if markdown:
         typer.echo(signals_markdown(SIGNALS))
-    else:
-        Console().print(signals_table(SIGNALS))
+        return
+    console = Console()
+    console.print(signals_table(SIGNALS))
+    console.print("\nDefault rules", style="bold")
+    console.print(rules_table(described_rules()))
 
 
 @app.command()
@@ -201,6 +210,31 @@ def signals_table(rows: Iterable[Signal]) -> Table:
             ),
         )
     return table
+
+
+def rules_table(rows: Iterable[Described]) -> Table:
+    """One row a default rule: name and severity on the left; what it is for, its numbers and source on the right."""
+    table = Table(box=box.HORIZONTALS, show_header=False, show_lines=True, padding=(0, 3, 0, 0), border_style="dim")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        rule = row.rule
+        judged = ", ".join(rule.signals) or "every signal"
+        numbers = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in _chosen(rule).items())
+        table.add_row(
+            Text.assemble((rule.name, "bold"), f"\n{getattr(rule, 'severity', 'by what it finds')}"),
+            Text.assemble(
+                f"{row.says}\n", (f"{judged}{': ' * bool(numbers)}{numbers}\n", "cyan"), (row.source, "dim italic")
+            ),
+        )
+    return table
+
+
+def _chosen(rule: Rule) -> dict[str, object]:
+    """The numbers of a rule that are set."""
+    plain = {k: v for k, v in rule.settings().items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    idle = {"cooldown", "window", "min_samples"} | (set() if getattr(rule, "inherit", False) else {"growth"})
+    return {k: v for k, v in plain.items() if v and k not in idle and (k, v) != ("persistence", 1)}
 
 
 def signals_markdown(rows: Iterable[Signal]) -> str:

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, action="append", help="one or both; both if not given")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--row", action="append", help="rows of the published table; all if not given")
+    parser.add_argument("--without-twins", action="store_true", help="leave cured twins for later")
     parser.add_argument("--only", default="*", help="glob over names of runs")
     parser.add_argument("--folder", type=Path, default=RUNS, help="where stored runs are")
     parser.add_argument("--no-log", action="store_true", help="losses only, for looking at fates in a folder apart")
@@ -39,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         run
         for split in given.split or SPLITS
         for run in zoo(protocol(), split)
-        if fnmatch.fnmatchcase(run.name, given.only) and (not given.row or run.row in given.row)
+        if fnmatch.fnmatchcase(run.name, given.only)
+        and (not given.row or run.row in given.row)
+        and not (given.without_twins and run.cure)
     ]
     if given.command == "plan":
         print_plan(plan)

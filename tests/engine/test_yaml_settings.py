@@ -11,7 +11,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traindiag import Forecast, NonFinite, Settings, Threshold, TrainingDiagnostics
+from traindiag import (
+    Call,
+    Forecast,
+    NonFinite,
+    Raise,
+    SaveCheckpoint,
+    Settings,
+    StopTraining,
+    Threshold,
+    TrainingDiagnostics,
+    Webhook,
+)
 from traindiag.engine.yaml_settings import BUILT_IN
 from traindiag.rules.rule_set import RuleSet
 
@@ -69,6 +80,56 @@ def test_file_says_what_python_says(tmp_path: Path) -> None:
                 assert getattr(found, field.name) == getattr(expected, field.name), field.name
 
 
+def test_actions_silence_and_severity_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", "https://example.org/services/secret")
+    text = """
+silence: {attention/logit-range: trained models of this family begin above it}
+severity: {gradient/norm-spike: info}
+actions:
+  - StopTraining: {severity: critical, clock: fast, diagnosis: "gradient/*", status: [opened]}
+  - SaveCheckpoint
+  - Raise: {severity: critical}
+  - Webhook: {env: HOOK, severity: info, timeout: 2, attempts: 1e1}
+"""
+    expected = Settings(
+        silence={"attention/logit-range": "trained models of this family begin above it"},
+        severity={"gradient/norm-spike": "info"},
+        actions=[
+            StopTraining(severity="critical", clock="fast", diagnosis="gradient/*", status=["opened"]),
+            SaveCheckpoint(),
+            Raise(severity="critical"),
+            Webhook(env="HOOK", severity="info", timeout=2.0, attempts=10),
+        ],
+    )
+    found = Settings.from_yaml(written(tmp_path, text))
+    assert (found.silence, found.severity) == (expected.silence, expected.severity)
+    for mine, other in zip(found.actions, expected.actions, strict=True):
+        assert isinstance(mine, type(other))
+        assert vars(mine) == vars(other)
+    rules = {rule.name: rule for rule in found.build_rules()}
+    assert {rule.name for rule in Settings().build_rules()} - set(rules) == {"attention/logit-range"}
+    assert rules["gradient/norm-spike"].told_as == "info" and rules["nonfinite"].told_as is None
+    callback = TrainingDiagnostics.from_yaml(written(tmp_path, text))
+    assert callback._settings.silence == expected.silence and len(callback._settings.actions) == 4
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "Webhook: {url: [https://example.org/secret]}",
+        "Webhook: https://example.org/secret",
+        "Webhook: {url: 'https://example.org/secret', timeout: 0}",
+        "Webhook: {url: 'example.org/secret'}",
+        "Webhook: {url: 'https://example.org/secret', env: HOOK}",
+        "Webhook: {ulr: 'https://example.org/secret'}",
+        "Webhook: {severity: 'https://example.org/secret'}",
+        "'https://example.org/secret'",
+    ],
+)
+def test_a_secret_in_a_wrong_file_is_not_told(action: str, tmp_path: Path) -> None:
+    assert "secret" not in told(tmp_path, f"actions: [{action}]").replace("may hold a secret", "")
+
+
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
 def test_empty_file_is_the_defaults(text: str, tmp_path: Path) -> None:
     if text == "---\n":  # a document that holds null is no empty file
@@ -115,7 +176,7 @@ def test_every_spelling_of_a_float_is_a_number(
         ("every_n_steps: ten", ":1: every_n_steps: expected a whole number, got 'ten'"),
         ("every_n_steps: 1.5", "expected a whole number, got 1.5"),
         ("every_n_steps: true", "expected a whole number, got True"),
-        ("every_n_steps: 0", "diagnostics.yaml: every_n_steps must be a whole number of at least 1, got 0"),
+        ("every_n_steps: 0", "diagnostics.yaml:1: every_n_steps must be a whole number of at least 1, got 0"),
         ("strict: 'no'", "strict: expected true or false, got 'no'"),
         ("strict: 1", "strict: expected true or false, got 1"),
         ("max_overhead: 2%", "max_overhead: expected a number or null, got '2%'"),
@@ -141,7 +202,52 @@ def test_every_spelling_of_a_float_is_a_number(
         ("rules: [Threshold: {signal: attention/max_logits, above: 1}]", "Did you mean 'attention/max_logit' or"),
         ("monitors: [AttentionMonitor: {rows: 0}]", "monitors[0].AttentionMonitor: rows must be at least 1, got 0"),
         ("monitors: [LossMonitor, LossMonitor]", "two monitors are called 'loss'"),
-        ("actions: [os.system]", "expected what an installed package offers as entry point of traindiag.plugins"),
+        (
+            "actions: [os.system]",
+            "unknown name 'os.system', expected one of StopTraining, SaveCheckpoint, Call",
+        ),
+        ("actions: [StopTrainin]", "Did you mean 'StopTraining'?"),
+        (
+            "actions:\n- StopTraining:\n    severity: critcal",
+            ":3: actions[0].StopTraining.severity: expected one of info, warning, critical, got 'critcal'. Did you "
+            "mean 'critical'?",
+        ),
+        ("actions: [StopTraining: {clok: fast}]", "unknown key 'clok', expected one of severity, clock, diagnosis"),
+        ("actions: [Raise: {clock: soon}]", "Raise.clock: expected one of fast, slow or null, got 'soon'"),
+        ("actions: [Raise: {status: opened}]", "Raise.status: expected a list of one of opened, escalated, closed"),
+        (
+            "actions: [Raise: {status: []}]",
+            ":1: actions[0].Raise: status must name at least one of opened",
+        ),
+        (
+            "actions:\n- Raise\n- SaveCheckpoint: {status: [closed]}",
+            ":3: actions[1].SaveCheckpoint: SaveCheckpoint",
+        ),
+        ("actions: [SaveCheckpoint: {save: os.remove}]", "SaveCheckpoint.save: unknown key 'save'"),
+        ("actions: [Call]", "actions[0].Call: lacks function"),
+        (
+            "actions: [Call: {function: os.system}]",
+            "Call: no installed package offers a function 'os.system'",
+        ),
+        ("actions: [Webhook]", "Webhook: Webhook needs either url= or env="),
+        ("actions: [Webhook: {env: NO_SUCH_VARIABLE}]", "the environment variable 'NO_SUCH_VARIABLE' is not set"),
+        (
+            "strict: true\nsilence:\n  loss: too loud\n  gradient/norm-spke: too loud",
+            "diagnostics.yaml:3: silence.loss: no default rule is called 'loss'.",
+        ),
+        ("silence:\n  gradient/norm-spke: too loud", ":2: silence.gradient/norm-spke: no default rule is called"),
+        ("silence:\n  gradient/norm-spke: too loud", "Did you mean 'gradient/norm-spike'"),
+        ("silence:\n  gradient/norm-spike:", ":2: silence.gradient/norm-spike: expected text, got nothing"),
+        (
+            "silence:\n  gradient/norm-spike: ' '",
+            ":2: silence.gradient/norm-spike: expected the reason, in words",
+        ),
+        ("silence: [nonfinite]", ":1: silence: expected names with text, got ['nonfinite']"),
+        (
+            "severity:\n  nonfinite: warn",
+            ":2: severity.nonfinite: expected one of info, warning, critical",
+        ),
+        ("severity:\n  nonfinit: info", ":2: severity.nonfinit: no default rule is called 'nonfinit'. Did you mean"),
         ("strict: true\nstrict: false", "diagnostics.yaml:2: 'strict' is given twice"),
         ("- strict", ":1: expected keys with values, got ['strict']"),
         ("a: [", ":1: "),
@@ -236,6 +342,12 @@ def test_installed_packages_offer_names(plugin: str, tmp_path: Path) -> None:
     for action in settings.actions:
         action("alert")  # type: ignore[arg-type]
     assert sys.modules[plugin].told == ["alert", ("here", "alert")]
+    (call,) = Settings.from_yaml(
+        written(tmp_path, "actions: [Call: {function: remember, severity: critical, diagnosis: 'attention/*'}]")
+    ).actions
+    assert isinstance(call, Call) and call.function is sys.modules[plugin].remember
+    assert (call.severity, call.diagnosis) == ("critical", "attention/*")
+    assert "Did you mean 'remember'?" in told(tmp_path, "actions: [Call: {function: remembr}]")
     assert "actions[0].sender: lacks address" in told(tmp_path, "actions: [sender: {}]")
     assert "Did you mean 'Strict'?" in told(tmp_path, "rules: [Strickt]")
     assert "rules must hold Rule objects" in told(tmp_path, "rules: [remember]")

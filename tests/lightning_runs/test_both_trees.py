@@ -121,6 +121,28 @@ def test_command_line_builds_it_from_yaml_and_fits(tree: str, tmp_path: Path) ->
     assert {"mine"} < {a.rule for a in diagnostics.alerts}
 
 
+def test_command_line_builds_actions(tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", "http://127.0.0.1:9/secret")
+    actions = [
+        {"class_path": "traindiag.StopTraining", "init_args": {"severity": "critical"}},
+        {"class_path": "traindiag.SaveCheckpoint", "init_args": {"status": ["opened"]}},
+        {"class_path": "traindiag.Webhook", "init_args": {"env": "HOOK", "attempts": 1, "diagnosis": "nothing"}},
+    ]
+    rule = {"class_path": "traindiag.Threshold", "init_args": {"signal": "loss/value", "above": 0.1, "name": "mine"}}
+    arguments = {
+        "rules": [rule], "actions": actions, "terminal": False, "severity": {"gradient/norm-spike": "info"},
+        "silence": {"nonfinite": "a reason"},
+    }  # fmt: skip
+    done = cli(tree, tmp_path, {"class_path": class_path(tree), "init_args": arguments})
+    (diagnostics,) = (c for c in done.trainer.callbacks if type(c).__name__ == "TrainingDiagnostics")
+    assert list(map(repr, diagnostics._settings.actions)) == [
+        "StopTraining(severity='critical')", "SaveCheckpoint(status=('opened',))",
+        "Webhook(env='HOOK', diagnosis='nothing')",
+    ]  # fmt: skip
+    assert diagnostics._settings.silence == {"nonfinite": "a reason"}
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["step-1-mine-opened.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -163,3 +163,16 @@ def test_a_cause_is_explained_once_and_a_note_is_one_line() -> None:
     TerminalPanel(note).alerts([Alert.from_dict({**ALERT.to_dict(), "severity": "info"})])
     assert len(note.getvalue().strip().splitlines()) == 1
     assert note.getvalue().startswith("INFO")
+
+
+def test_the_summary_tells_how_spiky_a_long_run_was():
+    told, runs = [], (100, 300)
+    for steps in runs:
+        curve = History()
+        for step in range(steps):
+            curve.add(step, Reading.scalar(BY_NAME["loss/value"], 2.0 + 0.1 * (step % 2) + 9.0 * (step == 200)))
+        stream = io.StringIO()
+        TerminalPanel(stream).summary(curve, [], steps)
+        told.append(stream.getvalue())
+    assert "spike score" not in told[0]
+    assert f"spike score (share of steps 7 sigma away): loss {1 / (300 - 128):.2%}" in told[1]

@@ -29,7 +29,7 @@ def rules() -> RuleSet:
         Threshold("user/x", above=50.0, below=0.5, persistence=2),
         Threshold("user/x", above=20.0, inherit=True, where="[ab]", name="inherited"),
         Forecast("user/x", limit=200.0),
-        Spike("user/x", window=12),
+        Spike("user/x", window=12, rising=2),
         Spike("user/x", direction="both", where="[abc]"),
         Shift("user/x", direction="both", min_samples=16, limit=5.5, logarithm=True),
         Trend("user/x", growth_per_1000=1.2, direction="both", window=64, min_samples=12),

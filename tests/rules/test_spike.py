@@ -195,3 +195,22 @@ def test_values_that_were_taken_back_never_happened() -> None:
 def test_wrong_direction_raises() -> None:
     with pytest.raises(ValueError, match="direction must be one of up, down, both, got 'sideways'"):
         Spike("user/x", direction="sideways")  # type: ignore[arg-type]
+
+
+def test_a_norm_that_goes_on_climbing_is_a_warning() -> None:
+    """The gradient norm of BLOOM-176B before its first loss spike, after a calm past."""
+    past = [0.24 + 0.02 * (i % 3) for i in range(60)]
+    said = feed(Spike("user/x", rising=3), [*past, 0.95, 2.4, 16.0, 145.0, 960.0])
+    told = [(i - 60, v.severity) for i, v in enumerate(said) if v is not None and v.active]
+    assert told[-3:] == [(2, "warning" if told[0][0] == 0 else "info"), (3, "warning"), (4, "warning")]
+    assert said[-1] is not None and "has climbed for" in said[-1].evidence
+
+
+def test_one_that_jumps_and_stays_is_none() -> None:
+    said = feed(Spike("user/x", rising=3), [1.0, 1.1, 0.9] * 20 + [100.0, 110.0, 95.0, 105.0, 100.0])
+    assert {v.severity for v in said if v is not None} == {"info"}
+
+
+def test_climbing_begins_anew_after_a_calm_value() -> None:
+    said = feed(Spike("user/x", rising=3), [1.0, 1.1, 0.9] * 20 + [10.0, 20.0, 1.0, 10.0, 20.0, 1.0])
+    assert {v.severity for v in said if v is not None} == {"info"}

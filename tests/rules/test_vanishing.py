@@ -11,7 +11,7 @@ CELLS = Cells(("optimizer", "block"), tuple(("adam", b) for b in ("embed", "net.
 
 
 def judged(rows: list[list[float]], persistence: int = 3) -> list[Verdict | None]:
-    rule, said = Vanishing(persistence=persistence), []
+    rule, said = Vanishing(persistence=persistence, every=1), []
     for step, row in enumerate(rows):
         verdicts = rule.update(frame(step, reading(row, "gradient/block_norm", CELLS), lane="fast"))
         said.append(verdicts[0] if verdicts else None)

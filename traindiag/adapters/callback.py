@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from traindiag.engine.settings import Action, Settings
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
 from traindiag.record.series import History
-from traindiag.rules.rule import Rule
+from traindiag.rules.rule import Rule, Severity
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +36,8 @@ class DiagnosticsCallback:
         default_monitors: bool = True,
         default_rules: bool = True,
         exclude: Sequence[str] = (),
+        severity: Mapping[str, Severity] | None = None,
+        silence: Mapping[str, str] | None = None,
         fast: bool = True,
         exact: bool = False,
         layout: bool = True,
@@ -49,11 +51,14 @@ class DiagnosticsCallback:
             rules: Rules beside the default pack, for example ``Threshold("attention/max_logit", above=500)``.
             every_n_steps: Cadence of everything that is not measured every step.
             max_overhead: Share of the step time above which sampling backs off, on all ranks alike; None: never.
-            actions: Functions that are called with every :class:`Alert`, beside its being shown.
+            actions: What an alert does beside being shown: ``StopTraining()``, ``SaveCheckpoint()``, ``Raise()``,
+                ``Webhook(env=...)``, ``Call(function)``, or a plain function, which is called with every alert.
             watch: Glob, or globs, over module names; ``"*"`` is every module that an optimizer trains.
             default_monitors: Whether the families that every model has are watched.
             default_rules: Whether the default pack judges.
             exclude: Families of default monitors, or names of default rules (globs), to leave out.
+            severity: Severities that default rules speak with, by name: ``{"gradient/norm-spike": "info"}``.
+            silence: Names of default rules that are not to judge, with the reason for each; told at the end.
             fast: Whether loss and gradients are measured every step, or only with the samples.
             exact: Whether attention maxima are always exact, at a higher cost.
             layout: Whether a custom-scalars layout is written for TensorBoard.
@@ -69,6 +74,8 @@ class DiagnosticsCallback:
             rules=rules,
             default_rules=default_rules,
             exclude=exclude,
+            severity=severity or {},
+            silence=silence or {},
             every_n_steps=every_n_steps,
             max_overhead=max_overhead,
             actions=actions,
@@ -87,7 +94,8 @@ class DiagnosticsCallback:
 
         Values are plain data (``1e4`` is a number). A rule or monitor is ``- Threshold: {signal: loss/value, above:
         5}``: names are those of traindiag, and of installed packages that offer them as entry points of the group
-        ``traindiag.plugins``, which is also where actions come from. Nothing else is imported.
+        ``traindiag.plugins``, which is also where ``- Call: {function: ...}`` finds functions. Nothing else is
+        imported.
 
         Raises:
             ValueError: With file, line, key, what was found and what was expected.

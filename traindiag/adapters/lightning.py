@@ -7,7 +7,9 @@ of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -32,11 +34,13 @@ class LightningHooks(DiagnosticsCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not earlier: before this hook, reading estimated_stepping_batches would restart a resumed data loader
+        outlet = outlet_for(trainer, self._settings)
         diagnostics = Diagnostics(
             pl_module,
             trainer.optimizers,
             settings=self._settings,
-            outlet=outlet_for(trainer, self._settings),
+            outlet=outlet,
+            save=_saves(trainer, outlet.folder),
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             facts=_facts(trainer),
         )
@@ -99,6 +103,8 @@ class LightningHooks(DiagnosticsCallback):
                     if isinstance(value, Tensor) and value.numel() == 1:
                         diagnostics.log(f"logged/{name}", value)
         diagnostics.end(step_done=self._stepped or not pl_module.automatic_optimization)
+        if diagnostics.should_stop:
+            trainer.should_stop = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._diagnostics is not None:
@@ -140,6 +146,19 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "precision": str(trainer.precision),
         "world_size": trainer.world_size,
     }
+
+
+def _saves(trainer: Trainer, folder: Path | None) -> Callable[[str], None]:
+    """Saves a checkpoint in a folder beside the log. It keeps no trainer alive."""
+    asked = weakref.ref(trainer)
+
+    def save(name: str) -> None:
+        if (trainer := asked()) is None or trainer.fast_dev_run:
+            return
+        path = (folder or Path(trainer.default_root_dir) / "traindiag") / "checkpoints" / f"{name}.ckpt"
+        trainer.save_checkpoint(trainer.strategy.broadcast(str(path)))  # ranks may not agree on the log's folder
+
+    return save
 
 
 def _loss_scale(trainer: Trainer) -> Tensor | float:

@@ -49,6 +49,8 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
 
     _tap: TrainerTap | None = None
     _at_exit: weakref.finalize[Any, Any] | None = None
+    _raised: BaseException | None = None
+    _wishes: list[str]
     _outlet: Outlet
     _passengers: Passengers
 
@@ -80,6 +82,8 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
             return
         folder = log_folder(args, trainer.callback_handler.callbacks)
         self._passengers = Passengers()
+        wishes = self._wishes = []
+        self._raised = None
         self._outlet = Outlet(
             self._settings,
             sink=FileSink(folder),
@@ -95,6 +99,7 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
                 settings=self._settings,
                 outlet=self._outlet,
                 schedulers=[lr_scheduler],
+                save=wishes.append,
                 facts=facts(trainer, args, state, model),
             )
 
@@ -121,7 +126,17 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
             )
             self._remove()
             return
-        self._tap.diagnostics.end()
+        diagnostics = self._tap.diagnostics
+        try:
+            diagnostics.end()
+        except BaseException as error:  # what an alert raises; the Trainer tells no callback of it
+            if not self._wishes:
+                self._remove(failed=True)
+                raise
+            self._raised = error  # the checkpoint first: the Trainer saves when this hook is over
+        control.should_training_stop = control.should_training_stop or diagnostics.should_stop
+        control.should_save = control.should_save or bool(self._wishes)
+        self._wishes.clear()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._tap is not None:
@@ -152,6 +167,10 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
         except OSError as error:
             self._outlet.say(f"the checkpoint holds no state of diagnostics: {error}; training goes on")
         diagnostics.idle()
+        if (raised := self._raised) is not None:
+            self._raised = None
+            self._remove(failed=True)
+            raise raised
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remove()
@@ -173,8 +192,8 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
 
     def _remove(self, *, failed: bool = False) -> None:
         tap, self._tap = self._tap, None
-        if tap is not None:
-            tap.remove(failed=failed)
         if self._at_exit is not None:
             self._at_exit.detach()
             self._at_exit = None
+        if tap is not None:
+            tap.remove(failed=failed)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from traindiag.alerts.actions import TrainingAlert
 from traindiag.alerts.alert import Alert
 from traindiag.capture.names import watch
 from traindiag.capture.parameter_sample import ParameterSample, Update
@@ -25,6 +26,7 @@ from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.aside import Aside
 from traindiag.engine.containment import Border, LeavingLane, describe
+from traindiag.engine.decisions import Decisions, Save
 from traindiag.engine.judge import BATCH, Judge
 from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
@@ -57,6 +59,7 @@ class Diagnostics:
         outlet: Takes the place of ``log_dir`` where a framework brings loggers of its own.
         facts: What is known of the run, by field of :class:`RunInfo` (``length``, ``precision``, ``clip``, ...).
         schedulers: Learning-rate schedulers, for peak and warm-up.
+        save: Saves a checkpoint, given a name for it, where a framework knows how to.
         settings: Ready settings, in place of keywords.
         keywords: Fields of :class:`~traindiag.engine.settings.Settings`.
 
@@ -92,6 +95,7 @@ class Diagnostics:
         outlet: Outlet | None = None,
         facts: Mapping[str, Any] | None = None,
         schedulers: Iterable[object] = (),
+        save: Save | None = None,
         settings: Settings | None = None,
         **keywords: Any,
     ) -> None:
@@ -100,7 +104,8 @@ class Diagnostics:
         self.settings = settings or Settings(**keywords)
         self.models = list(model.values()) if isinstance(model, Mapping) else [model]
         self.watched = watch(model, optimizers, self.settings.watch)
-        self.run = run_facts(self.watched, self.models, schedulers, **{"run_id": _shared_run_id(), **(facts or {})})
+        known = {"run_id": _shared_run_id(), "silenced": dict(self.settings.silence), **(facts or {})}
+        self.run = run_facts(self.watched, self.models, schedulers, **known)
         self.step_count = 0
         self.segment = 0
         self.updates = dict.fromkeys(self.watched.optimizers, 0)
@@ -115,6 +120,7 @@ class Diagnostics:
             for name in ("fast", "slow")
         )
         self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
+        self._decisions = Decisions(self.settings.actions, save, self._tell)
         self._has_early = any(m.early for m in self._slow.monitors.values())
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
         self._meter = Meter()
@@ -166,6 +172,11 @@ class Diagnostics:
         with self.border:
             self._judge.record()
         return self._judge.history
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether an action asks for the end of training; it begins to at the same step on all ranks."""
+        return self._decisions.should_stop
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -347,7 +358,11 @@ class Diagnostics:
                     lane.each("gradients", name, applied=applied, scale=scale)
 
     def end(self, *, step_done: bool = True) -> None:
-        """A micro-batch ends; ``step_done`` where it ended an accumulation."""
+        """A micro-batch ends; ``step_done`` where it ended an accumulation.
+
+        Raises:
+            TrainingAlert: If an alert is to be raised. Everything is written then, and nothing is left behind.
+        """
         with self._meter:
             with self.border:
                 self._capture.close()
@@ -360,6 +375,7 @@ class Diagnostics:
         self.step_count += 1
         self._in_step = False
         self._meter.step_done(sampled=self._sampling)
+        self._act()
 
     def idle(self) -> None:
         """Something other than training goes on, such as validation; its time is not a step's."""
@@ -370,6 +386,9 @@ class Diagnostics:
 
         Args:
             failed: The run ends by an exception. Other ranks may never answer then, so they get little time.
+
+        Raises:
+            TrainingAlert: If what was under way is to be raised, unless ``failed``.
         """
         if not self._armed:
             return
@@ -389,6 +408,8 @@ class Diagnostics:
             self._aside.close()
             with self.border:
                 self._outlet.finish(self.history, self.alerts, self.step_count, self.overhead)
+        if not failed and (alert := self._decisions.act(self.step_count, last=True)) is not None:
+            raise TrainingAlert(alert)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -407,6 +428,7 @@ class Diagnostics:
                 "schedule": self._schedule.state_dict(),
                 "judge": self._judge.state_dict(),
                 "lane": self._fast.state_dict(),
+                "decisions": self._decisions.state_dict(),
                 "monitors": {m.name: m.state_dict() for lane in self._lanes() for m in lane.monitors.values()},
             }
         return {}
@@ -432,6 +454,8 @@ class Diagnostics:
         self._judge.load_state_dict(state["judge"])
         if "lane" in state:  # checkpoints of version 1 may be older than it
             self._fast.load_state_dict(state["lane"])
+        if "decisions" in state:
+            self._decisions.load_state_dict(state["decisions"])
         for lane in self._lanes():
             for name, monitor in lane.monitors.items():
                 if name in state["monitors"]:
@@ -687,6 +711,8 @@ class Diagnostics:
         heard, self._heard = self._heard, []
         for lane, received, alerts in heard:
             with self.border:
+                # first of all: what fails on one rank only, such as its disk, must not keep it from what all do
+                self._decisions.take(alerts, calm=received.calm and self._judge.patient)
                 lane.settle(received)
                 if received.frame.sampled:
                     self._after_sample(received)
@@ -697,10 +723,22 @@ class Diagnostics:
                 self._outlet.frame(received.frame, alerts)
         left = next((lane.left for lane in self._lanes() if lane.left), None)
         if left is not None and not self._off:
+            self._decisions.drop()
             self._switch_off()
             if not self._failed:
                 self._failed = left
                 self._tell_off(left)
+
+    def _act(self) -> None:
+        """Does what alerts ask for, at the end of a step and outside of every border: it is the user's own wish."""
+        step = self.step_count - 1
+        if not self._decisions.due(step):
+            return
+        alert = self._decisions.act(step)
+        self._meter.pause()  # a checkpoint's time is not a step's
+        if alert is not None:
+            self.finish(failed=True)
+            raise TrainingAlert(alert)
 
     def _hear_aside(self, run: RunInfo, told: bool) -> None:
         self._outlet.write_due()

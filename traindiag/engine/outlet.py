@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from traindiag.alerts.actions import Decision
 from traindiag.alerts.alert import Alert
 from traindiag.alerts.jsonl import AlertFile
+from traindiag.alerts.webhook import Webhook
 from traindiag.engine.judge import BATCH
-from traindiag.engine.settings import Action, Settings
+from traindiag.engine.settings import Settings
 from traindiag.panels.layout import links
 from traindiag.panels.sinks import FileSink, SummarySink
 from traindiag.panels.tensorboard import TensorBoardPanels
@@ -27,13 +29,13 @@ AggregateLogger = Callable[[Mapping[str, float], int], None]
 class Outlet:
     """Tells what was found. Nothing here can stop a run: what fails is reported once and left out.
 
-    Only the first rank writes and prints. Actions run on every rank, with the same alert at the same step, so that
-    what they decide is decided everywhere.
+    Only the first rank writes, prints and posts. Functions run on every rank, with the same alerts in the same order.
+    What all ranks must do after the same step is left to :class:`~traindiag.engine.decisions.Decisions`.
 
     Args:
         settings: What the user asked for.
         sink: Where event-file summaries go; None for no panels.
-        folder: Where ``alerts.jsonl`` goes; None for no file.
+        folder: Where ``alerts.jsonl`` goes, and what trainers save for alerts; None for no file.
         show: Folder to give to ``tensorboard --logdir``.
         loggers: Functions that take aggregates and their step, for loggers other than TensorBoard's.
     """
@@ -48,7 +50,13 @@ class Outlet:
         loggers: Sequence[AggregateLogger] = (),
     ) -> None:
         speaks = rank() == 0
-        self._actions: list[Action] = list(settings.actions)
+        self._actions: list[Callable[[Alert], None]] = [
+            action
+            for action in settings.actions
+            if not isinstance(action, Decision) and (speaks or getattr(action, "everywhere", True))
+        ]
+        self._silenced = settings.silence
+        self.folder = None if folder is None else Path(folder)
         self._layout = settings.layout
         self._sink = sink if speaks else None
         self._show = show
@@ -96,6 +104,9 @@ class Outlet:
                 self._write()
                 self._panels.alerts(alerts, frame.step)
         self._log()
+        for hook in self._webhooks():
+            for problem in hook.problems():
+                self.say(problem)
         if not alerts:
             return
         if self._file is not None:
@@ -127,8 +138,15 @@ class Outlet:
             self._points.append((steps, self._panels.close()))
             self._log()
             self._panels = None
+        for hook in self._webhooks():
+            for problem in hook.finish():
+                self.say(problem)
         if self._terminal is not None and steps:
-            self._terminal.summary(history, alerts, steps, overhead if overhead == overhead else None)
+            cost = overhead if overhead == overhead else None
+            self._terminal.summary(history, alerts, steps, cost, self._silenced)
+
+    def _webhooks(self) -> list[Webhook]:
+        return [action for action in self._actions if isinstance(action, Webhook)]
 
     def write_due(self) -> None:
         """Writes frames that have waited long enough. In any thread, while no other method runs."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from traindiag.alerts.actions import Decision
 from traindiag.alerts.alert import Alert
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.yaml_settings import read_settings
@@ -22,9 +24,10 @@ from traindiag.monitors.sentinel import SentinelMonitor
 from traindiag.monitors.wiring import WiringMonitor
 from traindiag.record.catalogue import check_signal, near
 from traindiag.rules import default_pack
-from traindiag.rules.rule import Rule
+from traindiag.rules.asked import as_asked, check_asked
+from traindiag.rules.rule import Rule, Severity
 
-Action = Callable[[Alert], None]
+Action: TypeAlias = Callable[[Alert], None] | Decision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,11 @@ class Settings:
         exclude: Families or names of default monitors, or names of default rules (globs), to leave out.
         every_n_steps: Cadence of the slow lane.
         max_overhead: Share of the step time above which the slow lane backs off; None: never.
-        actions: Called with every alert, on the first rank, in order.
+        severity: Severities that default rules speak with, by name of the rule, in place of their own.
+        silence: Names of default rules that are not to judge, with the reason for each. It is kept with the record
+            and told at the end; ``exclude`` leaves out without a word.
+        actions: Functions that are called with every alert, and actions such as ``StopTraining()``; in order, on
+            every rank.
         watch: Glob, or globs, over module names; ``"*"`` is every module that an optimizer trains.
         fast: Whether the fast lane runs every step; without it, it runs with the samples of the slow lane.
         exact: Whether attention maxima are always exact.
@@ -59,6 +66,8 @@ class Settings:
     exclude: Sequence[str] = ()
     every_n_steps: int = 10
     max_overhead: float | None = 0.02
+    severity: Mapping[str, Severity] = field(default_factory=dict)
+    silence: Mapping[str, str] = field(default_factory=dict)
     actions: Sequence[Action] = ()
     watch: str | Sequence[str] = "*"
     fast: bool = True
@@ -74,11 +83,12 @@ class Settings:
                 if not isinstance(item, kind):
                     raise TypeError(f"{what} must hold {kind.__name__} objects, got {item!r}")
         for action in self.actions:
-            if not callable(action):
-                raise TypeError(f"actions must be functions of an Alert, got {action!r}")
+            if isinstance(action, type) or not (callable(action) or isinstance(action, Decision)):
+                raise TypeError(f"actions must be functions of an Alert, or actions such as Raise(), got {action!r}")
         if not self.watch:
             raise ValueError(f"watch must name at least one module, got {self.watch!r}")
         self._check_exclude()
+        check_asked(self.severity, self.silence)
         measured = {s.name for m in self.monitors for s in m.signals}
         for rule in self.rules:
             for signal in rule.signals:
@@ -95,11 +105,15 @@ class Settings:
             ValueError: With file, line, key, what was found and what was expected.
             OSError: If the file cannot be read.
         """
-        keywords = read_settings(path, cls)
+        lines: dict[str, int] = {}
+        keywords = read_settings(path, cls, lines)
         try:
             return cls(**keywords)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            key = str(error).partition(": ")[0] if ": " in str(error) else ""
+            line = lines.get(key) or lines.get(str(error).partition(" ")[0].rstrip(":"))
+            place = os.fspath(path) if line is None else f"{os.fspath(path)}:{line}"
+            raise ValueError(f"{place}: {error}") from error
 
     def build_monitors(self) -> list[Monitor]:
         """Default monitors that are not excluded, then the user's, which take the place of defaults of their name."""
@@ -109,9 +123,10 @@ class Settings:
         return [*kept, *self.monitors]
 
     def build_rules(self) -> list[Rule]:
-        """Default rules that are not excluded, then the user's."""
+        """Default rules that are neither excluded nor silenced, then the user's."""
         defaults = default_pack.default_rules() if self.default_rules else []
-        return [r for r in defaults if not self._excluded(r.name)] + list(self.rules)
+        kept = [r for r in defaults if not self._excluded(r.name)]
+        return as_asked(kept, self.severity, self.silence) + list(self.rules)
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)

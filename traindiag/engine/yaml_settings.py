@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from traindiag.engine.yaml_actions import ACTIONS
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
 from traindiag.monitors.gradient import GradientMonitor
@@ -34,11 +35,13 @@ BUILT_IN: Registered = {
             WiringMonitor,
         )
     },
-    "actions": {},  # code that an alert runs: a file may only name what an installed package offers
+    "actions": ACTIONS,
 }
 
 
-def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> dict[str, Any]:
+def read_settings(
+    path: str | os.PathLike[str], target: Callable[..., Any], lines: dict[str, int] | None = None
+) -> dict[str, Any]:
     r"""Keyword arguments for ``target`` from a file; an empty file has none.
 
     A rule, monitor or action is a name, or a name with its arguments::
@@ -51,6 +54,7 @@ def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> d
     Args:
         path: The file.
         target: What the keys are arguments of.
+        lines: Takes the line of each key, and of each entry ``key.entry`` of one that holds a mapping.
 
     Raises:
         ValueError: With file, line, key, what was found and what was expected.
@@ -66,4 +70,4 @@ def read_settings(path: str | os.PathLike[str], target: Callable[..., Any]) -> d
         ...     read_settings(file, Settings)["max_overhead"]
         0.01
     """
-    return read_keywords(path, target, BUILT_IN)
+    return read_keywords(path, target, BUILT_IN, lines=lines)

@@ -19,6 +19,7 @@ from traindiag.alerts.alert import Alert
 from traindiag.alerts.text import one_line, render
 from traindiag.record.coverage import Coverage
 from traindiag.record.series import Series
+from traindiag.record.spike_score import spike_scores
 
 _STYLES = {"info": "cyan", "warning": "bold yellow", "critical": "bold red", "closed": "green"}
 _HEADLINES = (
@@ -116,6 +117,7 @@ class TerminalPanel:
         alerts: Sequence[Alert],
         steps: int,
         overhead: float | None = None,
+        silenced: Mapping[str, str] | None = None,
     ) -> None:
         """Prints how a run ended.
 
@@ -124,8 +126,11 @@ class TerminalPanel:
             alerts: Every message of the run.
             steps: Steps done.
             overhead: Share of the step time that diagnostics took, where it was measured.
+            silenced: Default rules that were kept from judging, with the reasons.
         """
         self._print(summary_table(history, alerts, steps, overhead))
+        for name, reason in (silenced or {}).items():
+            self._print(Text.assemble("  ", ("silenced", "dim"), f": {name} ({' '.join(reason.split())})"))
 
     @property
     def _target(self) -> TextIO:
@@ -211,7 +216,22 @@ def summary_table(
                 Text(_number(x), "" if math.isfinite(x) else _STYLES["critical"]) for x in (extreme.value, last)
             ]
             table.add_row(name, numbers[0], f"{extreme.step:,}", numbers[1], str(extreme.cell))
-    return Group(head, Padding(table, (0, 0, 0, 2))) if table.row_count else head
+    parts: list[RenderableType] = [head]
+    if table.row_count:
+        parts.append(Padding(table, (0, 0, 0, 2)))
+    if spikes := _spikes(history):
+        parts.append(Padding(spikes, (0, 0, 0, 2)))
+    return Group(*parts)
+
+
+def _spikes(history: Mapping[str, Series]) -> Text | None:
+    """The largest spike score of loss and gradient norm; nothing for a run too short to have one."""
+    told = []
+    for name, words in (("loss/value", "loss"), ("gradient/norm", "gradient norm")):
+        scores = spike_scores(history[name]) if name in history else {}
+        if scores:
+            told.append(f"{words} {max(scores.values()):.2%}")
+    return Text(f"spike score (share of steps 7 sigma away): {', '.join(told)}", "dim") if told else None
 
 
 def _watched(family: str, rows: Sequence[Coverage]) -> str:

@@ -56,6 +56,7 @@ class RunInfo:
         world_size: Number of ranks.
         device: Device type.
         versions: Package versions.
+        silenced: Default rules that the user keeps from judging, with the reason for each.
     """
 
     run_id: str = ""
@@ -79,6 +80,7 @@ class RunInfo:
     world_size: int = 1
     device: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    silenced: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

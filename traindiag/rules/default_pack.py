@@ -6,6 +6,8 @@ to 150,000 parameters, 180 of them healthy. Rules are judged on others.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
@@ -17,6 +19,10 @@ from traindiag.rules.spike import Spike
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.vanishing import Vanishing
 from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
+
+_PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
+_TUNING = "tuning runs of the early-warning benchmark"
+_INVARIANT = "an invariant: TrainCheck (Jiang et al. 2025, OSDI)"
 
 LOGIT_DAMAGE = 1e3
 """Loss gets worse from about here. arXiv 2309.14322 appendix E.1, where scaled queries and keys are transplanted into
@@ -43,6 +49,9 @@ and 800 steps, sampled every 5th and every 10th step)."""
 SPIKE_FACTOR = 4.0
 """The gradient norm of BLOOM-176B rose fourfold four steps before its first loss spike (.24, .95, 2.4, 16, 145); no
 value of the healthy small runs above reaches it."""
+
+SPIKE_RISING = 3
+"""The same four values climb from step to step, each at least twice the one before."""
 
 SPIKE_Z = 4.0
 """On log-normal noise of sigma 0.35 around a falling norm both conditions together held once in 20,000 steps by
@@ -77,7 +86,7 @@ UPDATE_GROWTH = 3.0
 weights that no longer grow with it. Healthy tuning runs stay within twofold."""
 
 GRADIENT_GROWTH = 4.0
-GRADIENT_GROWTH_STEPS = 50
+GRADIENT_GROWTH_LOOKS = 5
 """Slow growth of the gradient norm went before the instabilities of OLMo's first runs (arXiv 2501.00656 section 3).
 Data that changes does the same to healthy runs, so it is a note."""
 
@@ -109,6 +118,21 @@ SCALER_PATIENCE = 20
 to blame, and a few more are allowed for a scale that had grown."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """A default rule with what there is to say of it.
+
+    Args:
+        rule: The rule.
+        says: What it watches for, in a few words.
+        source: Where its numbers come from.
+    """
+
+    rule: Rule
+    says: str
+    source: str
+
+
 def default_rules() -> list[Rule]:
     """New rules of the default pack.
 
@@ -116,134 +140,219 @@ def default_rules() -> list[Rule]:
         >>> [rule.name for rule in default_rules()][:2]
         ['nonfinite', 'attention/logit-range']
     """
+    return [described.rule for described in described_rules()]
+
+
+def described_rules() -> list[Described]:
+    """New rules of the default pack, each with a word on what it is for and where its numbers come from."""
     return [
-        NonFinite(scaler_patience=SCALER_PATIENCE),
-        Threshold(
-            "attention/logit_range",
-            above=LOGIT_DAMAGE,
-            critical_above=LOGIT_DIVERGENCE,
-            inherit=True,
-            growth=INHERITED_GROWTH,
-            name="attention/logit-range",
+        Described(
+            NonFinite(scaler_patience=SCALER_PATIENCE),
+            "anything that is NaN or infinite; the loss scaler may skip a few steps",
+            "no number to choose; the scaler's patience follows from its initial scale of 2^16",
         ),
-        Forecast(
-            "attention/logit_range",
-            limit=LOGIT_DAMAGE,
-            min_samples=FORECAST_SAMPLES,
-            persistence=FORECAST_PERSISTENCE,
-            name="attention/logit-range-to-damage",
+        Described(
+            Threshold(
+                "attention/logit_range",
+                above=LOGIT_DAMAGE,
+                critical_above=LOGIT_DIVERGENCE,
+                inherit=True,
+                growth=INHERITED_GROWTH,
+                name="attention/logit-range",
+            ),
+            "attention logits so large that the loss gets worse, or that runs diverged",
+            f"{_PROXIES} appendix E.1 and section 3.1.1",
         ),
-        Forecast(
-            "attention/logit_range",
-            limit=LOGIT_DIVERGENCE,
-            min_samples=FORECAST_SAMPLES,
-            persistence=FORECAST_PERSISTENCE,
-            name="attention/logit-range-to-divergence",
+        *(
+            Described(
+                Forecast(
+                    "attention/logit_range",
+                    limit=limit,
+                    min_samples=FORECAST_SAMPLES,
+                    persistence=FORECAST_PERSISTENCE,
+                    name=name,
+                ),
+                "when attention logits will be that large",
+                f"{_PROXIES}, as above; samples and persistence from 14 small healthy runs",
+            )
+            for limit, name in (
+                (LOGIT_DAMAGE, "attention/logit-range-to-damage"),
+                (LOGIT_DIVERGENCE, "attention/logit-range-to-divergence"),
+            )
         ),
-        Threshold(
-            "attention/max_logit",
-            above=RAW_LOGIT_PRECISION,
-            severity="info",
-            name="attention/max-logit-precision",
+        Described(
+            Threshold(
+                "attention/max_logit",
+                above=RAW_LOGIT_PRECISION,
+                severity="info",
+                name="attention/max-logit-precision",
+            ),
+            "raw logits that low precision cannot tell apart",
+            "one unit in the last place of bfloat16",
         ),
-        Spike(
-            "gradient/norm",
-            factor=SPIKE_FACTOR,
-            z=SPIKE_Z,
-            window=SPIKE_WINDOW,
-            otherwise="gradient/norm_applied",
-            name="gradient/norm-spike",
+        *(
+            Described(
+                Growth(
+                    f"attention/{what}_norm",
+                    factor=ATTENTION_INPUT_GROWTH,
+                    severity="info",
+                    name=f"attention/{what}-norm-growth",
+                ),
+                f"{what} norms that grow, which logits follow",
+                f"{_PROXIES} appendix C; {_TUNING}",
+            )
+            for what in ("query", "key")
         ),
-        Growth(
-            "attention/query_norm",
-            factor=ATTENTION_INPUT_GROWTH,
-            severity="info",
-            name="attention/query-norm-growth",
+        Described(
+            OutputDrift(),
+            "output logits that drift while the target stands out no better",
+            f"{_PROXIES} section 3.1.2; {_TUNING}",
         ),
-        Growth(
-            "attention/key_norm",
-            factor=ATTENTION_INPUT_GROWTH,
-            severity="info",
-            name="attention/key-norm-growth",
+        Described(
+            Threshold(
+                "optimizer/grad_rms_over_eps",
+                below=EPSILON,
+                critical_below=EPSILON_CRITICAL,
+                share=0.5,
+                persistence=3,
+                name="optimizer/epsilon",
+            ),
+            "gradients of most tensors below the optimizer's epsilon",
+            f"{_PROXIES} section 3.4",
         ),
-        OutputDrift(),
-        Threshold(
-            "optimizer/grad_rms_over_eps",
-            below=EPSILON,
-            critical_below=EPSILON_CRITICAL,
-            share=0.5,
-            persistence=3,
-            name="optimizer/epsilon",
+        Described(
+            Threshold(
+                "optimizer/grad_rms_over_eps",
+                below=EPSILON,
+                fallen_from=EPSILON_FALLEN_FROM,
+                persistence=3,
+                name="optimizer/fallen-to-epsilon",
+            ),
+            "the gradient of a tensor fallen to epsilon",
+            f"{_PROXIES} section 3.4",
         ),
-        Threshold(
-            "optimizer/grad_rms_over_eps",
-            below=EPSILON,
-            fallen_from=EPSILON_FALLEN_FROM,
-            persistence=3,
-            name="optimizer/fallen-to-epsilon",
+        Described(
+            StaleSecondMoment(above=STALE_MOMENT, share=0.0, severity="warning"),
+            "gradients that have outgrown their second moment, 1 to 8 steps before a loss spike",
+            f"Wortsman et al. 2023, arXiv 2304.13013; {_TUNING}",
         ),
-        StaleSecondMoment(above=STALE_MOMENT, share=0.0, severity="warning"),
-        Threshold(
-            "optimizer/update_ratio",
-            above=UPDATE_RATIO,
-            share=0.5,
-            persistence=3,
-            name="optimizer/update-ratio",
+        Described(
+            Threshold(
+                "optimizer/update_ratio",
+                above=UPDATE_RATIO,
+                share=0.5,
+                persistence=3,
+                name="optimizer/update-ratio",
+            ),
+            "updates that are large against the weights",
+            f"TheDeepChecker's band; {_TUNING}",
         ),
-        Growth(
-            "optimizer/update_ratio",
-            factor=UPDATE_GROWTH,
-            share=0.5,
-            settled=True,
-            name="optimizer/update-growth",
+        Described(
+            Growth(
+                "optimizer/update_ratio",
+                factor=UPDATE_GROWTH,
+                share=0.5,
+                settled=True,
+                name="optimizer/update-growth",
+            ),
+            "updates that have grown since warm-up",
+            _TUNING,
         ),
-        Threshold(
-            "optimizer/skipped",
-            above=0.5,
-            persistence=SCALER_PATIENCE,
-            name="optimizer/skipped",
+        Described(
+            Threshold(
+                "optimizer/skipped",
+                above=0.5,
+                persistence=SCALER_PATIENCE,
+                name="optimizer/skipped",
+            ),
+            "updates that do not come, one after the other",
+            "a loss scale of 2^16 is used up after 16",
         ),
-        Growth(
-            "gradient/norm",
-            factor=GRADIENT_GROWTH,
-            samples=GRADIENT_GROWTH_STEPS,
-            persistence=GRADIENT_GROWTH_STEPS,
-            settled=True,
-            severity="info",
-            name="gradient/norm-growth",
+        Described(
+            Spike(
+                "gradient/norm",
+                factor=SPIKE_FACTOR,
+                z=SPIKE_Z,
+                window=SPIKE_WINDOW,
+                rising=SPIKE_RISING,
+                otherwise="gradient/norm_applied",
+                name="gradient/norm-spike",
+            ),
+            "a jump of the gradient norm, most pass without harm; a warning while it climbs",
+            "BLOOM-176B's first loss spike; noise of healthy small runs",
         ),
-        Threshold(
-            "gradient/clip_rate",
-            above=CLIPPED,
-            persistence=CLIPPED_SAMPLES,
-            severity="info",
-            name="gradient/clip-rate",
+        Described(
+            Growth(
+                "gradient/norm",
+                factor=GRADIENT_GROWTH,
+                samples=GRADIENT_GROWTH_LOOKS,
+                persistence=GRADIENT_GROWTH_LOOKS,
+                every=10,
+                settled=True,
+                severity="info",
+                name="gradient/norm-growth",
+            ),
+            "a gradient norm that has grown since warm-up and stays",
+            f"OLMo 2, arXiv 2501.00656 section 3; {_TUNING}",
         ),
-        Vanishing(),
-        Threshold(
-            "activation/growth_exponent",
-            above=GROWTH_EXPONENT,
-            persistence=2,
-            name="activation/growth-exponent",
+        Described(
+            Threshold(
+                "gradient/clip_rate",
+                above=CLIPPED,
+                persistence=CLIPPED_SAMPLES,
+                severity="info",
+                name="gradient/clip-rate",
+            ),
+            "clipping that has become the rule",
+            "Deep Learning Tuning Playbook, on gradient clipping",
         ),
-        Growth(
-            "activation/rms",
-            factor=ACTIVATION_GROWTH,
-            share=0.5,
-            settled=True,
-            name="activation/growth",
+        Described(
+            Vanishing(),
+            "next to no gradient in the first block of a stack",
+            "AutoTrainer (Zhang et al. 2021, ICSE)",
         ),
-        Threshold(
-            "activation/zero_fraction",
-            above=DEAD_UNITS,
-            persistence=3,
-            name="activation/dead-units",
+        Described(
+            Threshold(
+                "activation/growth_exponent",
+                above=GROWTH_EXPONENT,
+                persistence=2,
+                name="activation/growth-exponent",
+            ),
+            "a residual stream that explodes over depth",
+            f"OLMo 2, arXiv 2501.00656 section 3; {_TUNING}",
         ),
-        Spike("loss/value", factor=LOSS_FACTOR, z=LOSS_Z, window=SPIKE_WINDOW, name="loss/spike"),
-        StructuralZeros(),
-        Ungraded(),
-        Unchanged(),
-        FrozenChanged(),
-        Owners(),
-        ReplicasDiffer(),
+        Described(
+            Growth(
+                "activation/rms",
+                factor=ACTIVATION_GROWTH,
+                share=0.5,
+                settled=True,
+                name="activation/growth",
+            ),
+            "a residual stream that grows over time",
+            _TUNING,
+        ),
+        Described(
+            Threshold(
+                "activation/zero_fraction",
+                above=DEAD_UNITS,
+                persistence=3,
+                name="activation/dead-units",
+            ),
+            "blocks whose units are nearly all dead",
+            f"AutoTrainer (Zhang et al. 2021, ICSE); {_TUNING}",
+        ),
+        Described(
+            Spike("loss/value", factor=LOSS_FACTOR, z=LOSS_Z, window=SPIKE_WINDOW, name="loss/spike"),
+            "a jump of the loss: confirmation of what other signals say",
+            "robust z of six healthy language models",
+        ),
+        Described(
+            StructuralZeros(), "parameters that get no gradient by construction", "round-off measured in float32"
+        ),
+        Described(Ungraded(), "parameters that no gradient reaches", _INVARIANT),
+        Described(Unchanged(), "parameters with a gradient that do not change", _INVARIANT),
+        Described(FrozenChanged(), "frozen parameters that change", _INVARIANT),
+        Described(Owners(), "trainable parameters in no optimizer, or in two", _INVARIANT),
+        Described(ReplicasDiffer(), "ranks that hold different parameters", _INVARIANT),
     ]

@@ -38,6 +38,7 @@ class Growth(Rule):
         persistence: Values in a row that must be beyond.
         settled: Whether the early level is that after warm-up, not that at the beginning.
         share: Share of the cells seen that must have grown; with 0.5 the median must have.
+        every: Looks at every n-th step only: what grows over hundreds need not be looked at in each.
         cooldown: Steps of rest that end the event.
         where: Glob over a cell's label or any one of its coordinates.
         severity: Severity of the verdict.
@@ -70,6 +71,7 @@ class Growth(Rule):
         persistence: int = 3,
         settled: bool = False,
         share: float = 0.0,
+        every: int = 1,
         cooldown: int = COOLDOWN,
         where: str = "*",
         severity: Severity = "warning",
@@ -79,13 +81,14 @@ class Growth(Rule):
         arguments.above(1.0, factor=factor)
         arguments.above(factor, critical_factor=critical_factor)
         arguments.above(0.0, above=above)
-        arguments.at_least(1, samples=samples, persistence=persistence)
+        arguments.at_least(1, samples=samples, persistence=persistence, every=every)
         arguments.share(share=share)
         arguments.at_least(0, cooldown=cooldown)
         arguments.severity(severity)
         self.signal, self.signals = signal, (signal,)
         self.factor, self.critical_factor, self.above = factor, critical_factor, above
         self.samples, self.persistence, self.settled, self.share = samples, persistence, settled, share
+        self.every = every
         self.cooldown, self.where, self.severity = cooldown, where, severity
         self.name = name or f"{signal} grows {number(factor)} times" + ("" if where == "*" else f" at {where}")
         self._table = CellTable(
@@ -95,7 +98,7 @@ class Growth(Rule):
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
         reading = frame.readings.get(self.signal)
-        if reading is None:
+        if reading is None or frame.step % self.every:
             return ()
         warming = self._course.follow(frame).warming
         table = self._table

@@ -75,6 +75,9 @@ class Rule(ABC):
     and their step.
     """
 
+    told_as: Severity | None = None
+    """Severity of everything that it says, where the user wants another one than its own."""
+
     @abstractmethod
     def update(self, frame: Frame) -> Sequence[Verdict]:
         """Judges one frame."""

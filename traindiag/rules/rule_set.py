@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from traindiag.record.catalogue import BY_NAME
@@ -62,9 +63,11 @@ class RuleSet:
             if rule.name in self.faults:
                 continue
             try:
-                verdicts += rule.update(frame)
+                found = rule.update(frame)
             except Exception as error:
                 self._switch_off(rule, error)
+                continue
+            verdicts += found if rule.told_as is None else [replace(v, severity=rule.told_as) for v in found]
         return verdicts
 
     def unjudged(self) -> dict[str, tuple[str, ...]]:
@@ -73,7 +76,10 @@ class RuleSet:
 
     def digest(self) -> str:
         """A short hash of every rule and setting, independent of order: what a benchmark's numbers were made with."""
-        told = sorted((rule.name, type(rule).__qualname__, rule.settings()) for rule in self.rules)
+        told = sorted(
+            (rule.name, type(rule).__qualname__, rule.settings(), *([rule.told_as] if rule.told_as else []))
+            for rule in self.rules
+        )
         text = json.dumps(told, sort_keys=True, default=lambda value: type(value).__qualname__)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from traindiag.record.catalogue import near
 from traindiag.rules.alive import StructuralZeros
+from traindiag.rules.asked import as_asked, check_asked
 from traindiag.rules.default_pack import default_rules as default_pack
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
 from traindiag.rules.resumed import OptimizerStateLost
-from traindiag.rules.rule import Rule
+from traindiag.rules.rule import Rule, Severity
 from traindiag.rules.rule_set import RuleSet
 from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.shift import Shift
@@ -92,7 +93,15 @@ def read_rules(path: str | os.PathLike[str]) -> list[Rule]:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def _chosen(rules: Sequence[Rule] = (), default_rules: bool = True, exclude: Sequence[str] = ()) -> list[Rule]:
+def _chosen(
+    rules: Sequence[Rule] = (),
+    default_rules: bool = True,
+    exclude: Sequence[str] = (),
+    severity: Mapping[str, Severity] | None = None,
+    silence: Mapping[str, str] | None = None,
+) -> list[Rule]:
+    severity, silence = severity or {}, silence or {}
+    check_asked(severity, silence)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"rules must hold Rule objects, got {rule!r}")
@@ -103,4 +112,4 @@ def _chosen(rules: Sequence[Rule] = (), default_rules: bool = True, exclude: Seq
         if close and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"exclude: no default rule is called {pattern!r}.{close}")
     kept = [r for r in pack if not any(fnmatch.fnmatchcase(r.name, pattern) for pattern in exclude)]
-    return RuleSet([*kept, *rules]).rules
+    return RuleSet([*as_asked(kept, severity, silence), *rules]).rules

@@ -24,6 +24,9 @@ JUDGED_BY_SPREAD = 16
 RECENT = 8
 """Values that the level is taken from: few, because a young run's gradient norm may fall by half in as many steps."""
 
+RISE = float(np.log(2.0))
+"""Growth from one spike to the next that counts as climbing. That of BLOOM-176B was 2.5 to 9 times a step."""
+
 PATIENT_FACTOR = 4.0
 """What grows by this much over its recent level is judged at once anyway. Notes can wait."""
 
@@ -54,6 +57,8 @@ class Spike(Rule):
         cooldown: Steps of rest that end the event.
         where: Glob over a cell's label or any one of its coordinates.
         severity: Severity of the verdict.
+        rising: Spikes in a row, each twice as large as the one before, from which on an info is a warning: a
+            value that jumped once may be an odd batch, and one that goes on climbing is on its way.
         otherwise: Signal to judge in runs that have no ``signal``.
         name: Name of the rule, which must be unique; made of the signal where it is not given.
 
@@ -82,6 +87,7 @@ class Spike(Rule):
         cooldown: int = COOLDOWN,
         where: str = "*",
         severity: Severity = "info",
+        rising: int | None = None,
         otherwise: str | None = None,
         direction: Direction = "up",
         name: str | None = None,
@@ -95,15 +101,17 @@ class Spike(Rule):
         arguments.at_least(0, cooldown=cooldown)
         arguments.severity(severity)
         arguments.direction(direction)
+        arguments.at_least(2, rising=rising)
+        self.rising = rising
         self.signal, self.otherwise = signal, otherwise
         self.signals = (signal,) if otherwise is None else (signal, otherwise)
         self.factor, self.z, self.window, self.cooldown = factor, z, window, cooldown
         self.where, self.severity, self.direction = where, severity, direction
-        self.patient = severity == "info" or (factor >= PATIENT_FACTOR and direction == "up")
+        self.patient = (severity == "info" and rising is None) or (factor >= PATIENT_FACTOR and direction == "up")
         what = {"up": "spike", "down": "drop", "both": "spike or drop"}[direction]
         self.name = name or f"{signal} {what}" + ("" if where == "*" else f" at {where}")
         self._log_factor = float(np.log(factor))
-        self._table = Past(where, window, active=False)
+        self._table = Past(where, window, active=False, climbed=0)
         self._course = Course()
         self._warm: int | None = None  # last step of warm-up, while values from there are left
         self._has_signal = False
@@ -128,6 +136,9 @@ class Spike(Rule):
             now = np.log(np.where(judged, values, 1), dtype=np.float64)
         count, was = table["count"], table["active"]
         spiking, median = self._find(now, judged & (count >= MIN_SAMPLES))
+        if self.rising and (spiking.any() or was.any()):
+            climbs = spiking & ((table["climbed"] == 0) | (now >= table.last(1)[0] + RISE))
+            table["climbed"] = np.where(judged, np.where(climbs, table["climbed"] + 1, 0), table["climbed"])
         table.push(now, np.flatnonzero(judged & (values > 0)), frame.step)
         if not (spiking.any() or was.any()):
             return ()
@@ -146,7 +157,10 @@ class Spike(Rule):
                 f"of the last {min(past, RECENT)} values{more(others)}"
             )
             limit = usual * self.factor if up else usual / self.factor
-            return (self._verdict(frame, reading, value, at, limit, evidence, others),)
+            climbed = int(table["climbed"][at])
+            if self.rising and climbed >= self.rising:
+                evidence += f", and has climbed for {climbed} steps"
+            return (self._verdict(frame, reading, value, at, limit, evidence, others, climbed=climbed),)
         at = int(np.flatnonzero(was)[0])
         evidence = f"{reading.signal.name} is back at {number(float(values[at]))}"
         return (self._verdict(frame, reading, float(values[at]), at, None, evidence, active=False),)
@@ -203,15 +217,17 @@ class Spike(Rule):
         evidence: str,
         others: int = 0,
         active: bool = True,
+        climbed: int = 0,
     ) -> Verdict:
         assert self._table.cells is not None
+        worse = self.severity == "info" and self.rising is not None and climbed >= self.rising
         return Verdict(
             self.name,
             "spike",
             reading.signal.name,
             frame.step,
             active,
-            self.severity,
+            "warning" if worse else self.severity,
             self._table.cells[at],
             value,
             limit,

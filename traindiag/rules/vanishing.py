@@ -24,7 +24,8 @@ class Vanishing(Rule):
     Args:
         ratio: Ratio of the first block's gradient norm to the last one's, below which gradients vanish.
         below: And the first one's norm is below this.
-        persistence: Steps in a row.
+        persistence: Looks in a row.
+        every: Looks at every n-th step only.
         cooldown: Steps of rest that end the event.
         severity: Severity of the verdict.
         name: Name of the rule, which must be unique.
@@ -44,16 +45,17 @@ class Vanishing(Rule):
         *,
         ratio: float = 1e-3,
         below: float = 1e-4,
-        persistence: int = 20,
+        persistence: int = 3,
+        every: int = 10,
         cooldown: int = COOLDOWN,
         severity: Severity = "warning",
         name: str = "gradient/vanishing",
     ) -> None:
         arguments.above(0.0, ratio=ratio, below=below)
-        arguments.at_least(1, persistence=persistence)
+        arguments.at_least(1, persistence=persistence, every=every)
         arguments.at_least(0, cooldown=cooldown)
         arguments.severity(severity)
-        self.ratio, self.below, self.persistence = ratio, below, persistence
+        self.ratio, self.below, self.persistence, self.every = ratio, below, persistence, every
         self.cooldown, self.severity, self.name = cooldown, severity, name
         self._ends: tuple[Cells, dict[str, tuple[int, int]]] | None = None
         self._streak: dict[str, int] = {}
@@ -61,7 +63,7 @@ class Vanishing(Rule):
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
         reading = frame.readings.get(_NORM)
-        if reading is None:
+        if reading is None or frame.step % self.every:
             return ()
         if self._ends is None or self._ends[0] is not reading.cells:
             self._ends = reading.cells, ends_of_stacks(reading.cells)
@@ -80,7 +82,7 @@ class Vanishing(Rule):
             low = float(reading.values[first])
             evidence = (
                 f"{_NORM} of {reading.cells.coordinates[first][-1]} is {number(low)}, {share:.1e} of that of "
-                f"{reading.cells.coordinates[last][-1]}, for {self.persistence} steps or more"
+                f"{reading.cells.coordinates[last][-1]}, for {self.persistence} looks or more"
             )
             verdict = Verdict(
                 self.name,

@@ -21,6 +21,8 @@ PLUGINS = "traindiag.plugins"
 Registered = Mapping[str, Mapping[str, Callable[..., Any]]]
 """By key: the names that entries of its list may have, and what they make."""
 
+_ADDRESS = re.compile(r"\w+://[^\s'\"]+")  # may hold a secret, and errors end up in logs
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 
 
@@ -29,6 +31,8 @@ def read_keywords(
     target: Callable[..., Any],
     registered: Registered,
     passed_over: Collection[str] = (),
+    *,
+    lines: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for ``target`` from a file; an empty file has none.
 
@@ -37,12 +41,17 @@ def read_keywords(
         target: What the keys are arguments of.
         registered: Keys that hold lists of registered things, with the names built in.
         passed_over: Keys that belong to somebody else and are not looked at.
+        lines: Takes the line of each key, and of each entry ``key.entry`` of one that holds a mapping.
 
     Raises:
         ValueError: With file, line, key, what was found and what was expected.
         OSError: If the file cannot be read.
     """
-    return _File(path, registered, passed_over).keywords(target)
+    file = _File(path, registered, passed_over)
+    keywords = file.keywords(target)
+    if lines is not None:
+        lines.update(file.lines)
+    return keywords
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,6 +80,7 @@ class _File:
         self._path = os.fspath(path)
         self._content = Path(path).read_bytes()
         self._built_in, self._passed_over = registered, passed_over
+        self.lines: dict[str, int] = {}
 
     def keywords(self, target: Callable[..., Any]) -> dict[str, Any]:
         try:
@@ -99,6 +109,7 @@ class _File:
         keywords: dict[str, Any] = {}
         for name, key, value in self._pairs(node, at):
             inside = f"{at}.{name}" if at else name
+            self.lines[inside] = key.start_mark.line + 1
             if name in passed_over:
                 continue
             if name not in known and not open_ended:
@@ -164,11 +175,18 @@ class _File:
             yield name, key, value
 
     def _fitted(self, node: yaml.Node, at: str, hint: Any) -> Any:
+        if get_origin(hint) is Mapping and isinstance(node, yaml.MappingNode):
+            fitted = {}
+            for name, key, entry in self._pairs(node, at):
+                self.lines[f"{at}.{name}"] = key.start_mark.line + 1
+                fitted[name] = self._fitted(entry, f"{at}.{name}", get_args(hint)[1])
+            return fitted
         value = self._plain(node, at)
         if isinstance(value, float) and value.is_integer() and not _fits(value, hint):
             value = int(value)  # 1e4 where a count is asked for
         if not _fits(value, hint):
-            self._fail(node, at, f"expected {_words(hint)}, got {self._told(node)}")
+            hinted = near(str(value), map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+            self._fail(node, at, f"expected {_words(hint)}, got {self._told(node)}{hinted and '.' + hinted}")
         return value
 
     def _plain(self, node: yaml.Node, at: str) -> Any:
@@ -183,7 +201,7 @@ class _File:
 
     def _fail(self, node: yaml.Node, at: str, text: str) -> NoReturn:
         where = f"{self._path}:{node.start_mark.line + 1}: "
-        raise ValueError(f"{where}{at}: {text}" if at else f"{where}{text}")
+        raise ValueError(where + _ADDRESS.sub("<hidden>", f"{at}: {text}" if at else text))
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -199,6 +217,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
         return value in parts
+    if origin is Mapping:
+        return isinstance(value, dict)
     if origin is Sequence:
         return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
     if hint is float:
@@ -214,6 +234,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(part) for part in parts)
     if origin is Literal:
         return _one_of([str(part) for part in parts])
+    if origin is Mapping:
+        return f"names with {_words(parts[1])}"
     if origin is Sequence:
         return f"a list of {_words(parts[0])}"
     return _WORDS.get(hint, str(hint))
