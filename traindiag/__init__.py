@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from traindiag.rules.growth import Growth
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
+    from traindiag.rules.resumed import OptimizerStateLost
     from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
@@ -55,6 +56,7 @@ __all__ = [
     "History",
     "Monitor",
     "NonFinite",
+    "OptimizerStateLost",
     "OutputDrift",
     "Preflight",
     "Raise",
@@ -109,6 +111,7 @@ _HOMES = {
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
     "traindiag.rules.output_drift": ("OutputDrift",),
     "traindiag.rules.growth": ("Growth",),

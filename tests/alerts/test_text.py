@@ -26,7 +26,7 @@ def test_a_block_says_what_where_when_why_and_what_to_do() -> None:
     for words in (
         "WARNING  Attention logits will pass 1e3", "blocks.0.attn head 3, rank 3", "412, limit 1e3",
         "in 2300 steps (1800-3240), 3 h 50 min (2.9-5.4 h)", "queries and keys grow", "a key bias",
-        "- Lower the peak learning rate from 0.1 to 0.03. (restart) [a paper]",
+        "1. Lower the peak learning rate from 0.1 to 0.03. (restart) [a paper]",
     ):  # fmt: skip
         assert words in text
     assert "crosses" not in render(replace(ALERT, steps_to_limit=None, time_to_limit=None))

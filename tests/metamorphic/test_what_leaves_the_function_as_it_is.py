@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from traindiag.engine.diagnostics import Diagnostics
+from traindiag.rules.default_pack import default_rules
 
 WIDTH, HEADS, LAYERS, WORDS, LENGTH = 16, 4, 2, 64, 32
 SIZE = WIDTH // HEADS
@@ -105,8 +106,13 @@ def tokens(step: int, length: int) -> Tensor:
 
 def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, Verdicts]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    # as rules of one's own, by another name, each tells its verdicts by itself, whatever failure they belong to
+    own = default_rules()
+    for rule in own:
+        rule.name = f"own {rule.name}"
+    rules: dict[str, Any] = {"default_rules": False, "rules": own}
     diagnostics = Diagnostics(
-        model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True, **settings
+        model, optimizer, every_n_steps=1, max_overhead=None, terminal=False, strict=True, **rules, **settings
     )
     for step in range(STEPS):
         batch = tokens(step, length)
@@ -120,7 +126,9 @@ def watch(model: GPT, length: int = LENGTH, **settings: Any) -> tuple[Readings, 
                 tensor *= GROWTH
     diagnostics.finish()
     alerts = [a for a in diagnostics.alerts if a.kind != "wiring"]  # of parameters: others make the same function
-    verdicts = [(a.status, a.rule, a.step, a.severity, a.signal, a.where, a.kind) for a in alerts]
+    verdicts = [
+        (a.status, a.rule.removeprefix("own "), a.step, a.severity, a.signal, a.where, a.kind) for a in alerts
+    ]
     return {name: np.array(series.values) for name, series in diagnostics.history.items()}, verdicts
 
 

@@ -45,7 +45,7 @@ class Alert:
         rank: Rank that the value came from, where known.
         severity: ``info``, ``warning`` or ``critical``.
         clock: ``fast`` (1-8 steps left) or ``slow`` (hundreds and more).
-        family: Family of the signal.
+        family: Family of the failure, or of the signal where there is no diagnosis.
         signal: Signal judged.
         where: Worst cell, as text.
         value: Value there.
@@ -53,11 +53,14 @@ class Alert:
         kind: ``threshold``, ``forecast``, ``nonfinite``, ...
         steps_to_limit: ``(low, mid, high)``, for a forecast.
         time_to_limit: The same in seconds, where the pace is known.
+        diagnosis: Name of the failure that was found, empty where there is none; the event is about it.
         title: One line.
         evidence: Numbers that speak for it.
         cause: What usually brings this about.
         ruled_out: Causes that the evidence excludes.
         remedies: Best first.
+        bundle: What led to it, once an event, as plain data: ``steps`` with loss and gradient norm at each of them
+            and, where gradients jumped, ``tensors`` by their ``share`` of it. Empty in all other messages.
     """
 
     id: str
@@ -83,6 +86,8 @@ class Alert:
     cause: str = ""
     ruled_out: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    diagnosis: str = ""
+    bundle: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data under a versioned schema; non-finite numbers become ``"nan"``, ``"inf"``, ``"-inf"``.
@@ -93,7 +98,7 @@ class Alert:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Alert:
-        """Reads :meth:`to_dict` back.
+        """Reads :meth:`to_dict` back; fields that an older package did not write are empty.
 
         Raises:
             ValueError: If the schema is newer than this package.
@@ -108,6 +113,7 @@ class Alert:
             if values.get(key) is not None:
                 values[key] = tuple(float(v) for v in values[key])
         values["ruled_out"] = tuple(values.get("ruled_out", ()))
+        values["bundle"] = _numbers(values.get("bundle", {}))
         values["remedies"] = tuple(Remedy(**r) for r in values.get("remedies", ()))
         return cls(**values)
 
@@ -120,3 +126,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
+
+
+def _numbers(value: Any) -> Any:
+    """The reverse of :func:`_plain` for data whose only strings are names."""
+    if isinstance(value, Mapping):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(v) for v in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

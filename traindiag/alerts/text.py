@@ -49,13 +49,13 @@ def render(alert: Alert, width: int = 100) -> str:
     """
     status = "" if alert.status == "opened" else f" ({alert.status})"
     lines = _wrapped(f"{alert.severity.upper()}{status}  ", alert.title or alert.rule, width)
-    for name, text in _facts(alert):
-        lines += _wrapped(f"  {name:<11}", text, width)
+    for name, texts in _facts(alert):
+        for i, text in enumerate(texts):
+            lines += _wrapped(f"  {name if i == 0 else '':<11}", text, width)
     for i, remedy in enumerate(alert.remedies):
         source = f" [{remedy.source}]" if remedy.source else ""
-        lines += _wrapped(
-            f"  {'what to do' if i == 0 else '':<11}- ", f"{remedy.text} ({remedy.when}){source}", width
-        )
+        head = f"  {'what to do' if i == 0 else '':<11}{i + 1}. "
+        lines += _wrapped(head, f"{remedy.text} ({remedy.when}){source}", width)
     return "\n".join(lines)
 
 
@@ -88,10 +88,16 @@ def markdown(alert: Alert) -> str:
     """
     status = "" if alert.status == "opened" else f" ({alert.status})"
     lines = [f"**{alert.severity.upper()}**{status} {escape(alert.title or alert.rule)}", ""]
-    lines += [f"- {name}: {escape(text)}" for name, text in _facts(alert)]
-    for remedy in alert.remedies:
+    for name, texts in _facts(alert):
+        if len(texts) == 1:
+            lines.append(f"- {name}: {escape(texts[0])}")
+        else:
+            lines += [f"- {name}:", *(f"    - {escape(text)}" for text in texts)]
+    if alert.remedies:
+        lines += ["", "What to do, best first:", ""]
+    for i, remedy in enumerate(alert.remedies, 1):
         source = f" [{remedy.source}]" if remedy.source else ""
-        lines.append(f"- what to do ({remedy.when}): {escape(remedy.text + source)}")
+        lines.append(f"{i}. {escape(remedy.text)} ({remedy.when}){escape(source)}")
     return "\n".join(lines)
 
 
@@ -107,17 +113,26 @@ def escape(text: str) -> str:
     return text.replace("://", ":&#47;&#47;")  # some renderers make a link of a bare address
 
 
-def _facts(alert: Alert) -> list[tuple[str, str]]:
+def _facts(alert: Alert) -> list[tuple[str, list[str]]]:
+    """What there is to say, in the order in which it is asked, without what was said before."""
+    where = alert.where + (f", rank {alert.rank}" if alert.rank is not None else "")
+    if alert.where in alert.title and alert.rank is None:
+        where = ""
+    said = f"{alert.signal} is {number(alert.value)}"
+    limit = "" if alert.limit is None else number(alert.limit)
+    known = alert.evidence.startswith(said) and limit in alert.evidence
     facts = [
-        ("step", f"{alert.step} ({alert.rule})"),
-        ("where", alert.where + (f", rank {alert.rank}" if alert.rank is not None else "")),
-        ("value", _value(alert)),
-        ("crosses", _crossing(alert) if alert.steps_to_limit is not None else ""),
-        ("evidence", alert.evidence),
-        ("cause", alert.cause),
-        *(("ruled out", text) for text in alert.ruled_out),
+        ("diagnosis", [alert.diagnosis]),
+        ("step", [f"{alert.step} ({alert.rule})"]),
+        ("where", [where]),
+        ("value", ["" if known else _value(alert)]),
+        ("crosses", [_crossing(alert) if alert.steps_to_limit is not None else ""]),
+        ("evidence", alert.evidence.split("; ")),
+        ("ruled out", list(alert.ruled_out)),
+        ("cause", [alert.cause]),
     ]
-    return [(name, text) for name, text in facts if text]
+    told = ((name, [text for text in texts if text]) for name, texts in facts)
+    return [(name, texts) for name, texts in told if texts]
 
 
 def _value(alert: Alert) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from traindiag.alerts.alert import Alert
-from traindiag.alerts.book import AlertBook
+from traindiag.alerts.book import AlertBook, own_rules
 from traindiag.record.frame import Frame
 from traindiag.record.series import History
 from traindiag.rules.rule import Rule
@@ -38,7 +38,7 @@ class Judge:
                 f"rule {name!r} is switched off: {type(error).__name__}: {error}; training goes on"
             ),
         )
-        self._book = AlertBook(run_id)
+        self._book = AlertBook(run_id, own=own_rules(rules))
 
     @property
     def alerts(self) -> list[Alert]:

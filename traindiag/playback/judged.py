@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from traindiag.alerts.alert import Alert
-from traindiag.alerts.book import AlertBook
+from traindiag.alerts.book import AlertBook, own_rules
 from traindiag.record.frame import Frame
 from traindiag.record.series import History
 from traindiag.rules.default_pack import default_rules
@@ -54,7 +54,7 @@ def judge(frames: Iterable[Frame], rules: Sequence[Rule] | None, run_id: str) ->
             f"rule {name!r} is switched off: {type(error).__name__}: {error}"
         ),
     )
-    book = AlertBook(run_id)
+    book = AlertBook(run_id, own=own_rules(taken))
     for frame in frames:
         judged.alerts += book.update(frame, rule_set.update(frame))
         judged.history.append(frame)

@@ -15,6 +15,7 @@ from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
+from traindiag.rules.resumed import OptimizerStateLost
 from traindiag.rules.rule import Rule, Severity
 from traindiag.rules.rule_set import RuleSet
 from traindiag.rules.second_moment import StaleSecondMoment
@@ -36,6 +37,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
         Shift,
         Growth,
         StaleSecondMoment,
+        OptimizerStateLost,
         OutputDrift,
         Vanishing,
         NonFinite,

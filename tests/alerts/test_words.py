@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.rules.frames import frame
-from traindiag.alerts.explain import Explanation, explain
+from tests.rules.frames import frame, reading
+from traindiag.alerts.diagnosis.failure import Case, Finding
+from traindiag.alerts.diagnosis.failures import diagnose
+from traindiag.alerts.diagnosis.memory import Memory
 from traindiag.record.cells import Cell
 from traindiag.record.run_info import OptimizerInfo, RunInfo
 from traindiag.rules.alive import StructuralZeros
@@ -23,17 +25,17 @@ LOGITS = Verdict("l", "threshold", "attention/logit_range", 50, value=2e3, limit
                  cell=Cell(("layer", "head"), ("blocks.0", 1)))  # fmt: skip
 
 
-def told(verdict: Verdict, run: RunInfo) -> Explanation:
-    return explain(verdict, frame(verdict.step, run=run))
+def told(verdict: Verdict, run: RunInfo) -> Finding:
+    return diagnose(Case(verdict, frame(verdict.step, run=run), Memory()))[1]
 
 
-def changes(explanation: Explanation) -> dict[str, object]:
+def changes(explanation: Finding) -> dict[str, object]:
     return {k: v for r in explanation.remedies for k, v in r.change.items()}
 
 
 def test_logit_growth_has_the_values_of_the_run() -> None:
     said = told(LOGITS, RUN)
-    assert changes(said) == {"optimizer.lr": 0.03, "warmup": 200}
+    assert changes(said) == {"model.query_key_norm": True, "optimizer.lr": 0.03, "warmup": 200}
     text = " ".join(r.text for r in said.remedies)
     assert "from 0.1 to 0.03" in text
     assert "200 steps instead of 20" in text
@@ -52,13 +54,15 @@ def test_what_the_model_has_is_not_advised_but_ruled_out() -> None:
 
 def test_what_is_unknown_is_not_made_up() -> None:
     said = told(LOGITS, RunInfo())
-    assert changes(said) == {}
+    assert changes(said) == {"model.query_key_norm": True}
     assert any("5% of the run" in r.text for r in said.remedies)
 
 
 def test_two_optimizers_are_named() -> None:
     two = (OptimizerInfo("actor", "Adam", {"lr": 3e-4}), OptimizerInfo("critic", "Adam", {"lr": 1e-3}))
-    assert changes(told(LOGITS, RunInfo(optimizers=two))) == {"optimizer.actor.lr": 9e-5, "optimizer.critic.lr": 3e-4}
+    assert changes(told(LOGITS, RunInfo(optimizers=two))) == {
+        "model.query_key_norm": True, "optimizer.actor.lr": 9e-5, "optimizer.critic.lr": 3e-4,
+    }  # fmt: skip
 
 
 def test_a_forecast_says_when() -> None:
@@ -84,13 +88,25 @@ def test_non_finite() -> None:
     assert not told(replace(bad, severity="info"), RUN).remedies
 
 
+KINDS = {"Growth": "trend", "OutputDrift": "trend", "StaleSecondMoment": "threshold", "Vanishing": "threshold"}
+"""Of rules whose verdicts have a kind that is not their own name."""
+
+
 @pytest.mark.parametrize("rule", default_rules(), ids=lambda r: r.name)
 def test_every_default_rule_is_explained(rule: Rule) -> None:
-    kind = "wiring" if isinstance(rule, StructuralZeros) else type(rule).__name__.lower()
+    name = type(rule).__name__
+    kind = "wiring" if isinstance(rule, StructuralZeros) else KINDS.get(name, name.lower())
     signal = next(iter(rule.signals), "loss/value")
-    said = told(
-        Verdict(rule.name, kind, signal, 9, severity=rule.settings().get("severity", "critical"), value=1.0), RUN
+    limit = 2.0 if name == "Vanishing" else None
+    severity = rule.settings().get("severity", "critical")
+    memory = Memory()
+    for step, size in ((0, 5.0), (8, 50.0)):  # norms of queries and keys are told with the logits that they make
+        memory.take(frame(step, reading([size], "attention/logit_range")), [])
+    case = Case(
+        Verdict(rule.name, kind, signal, 9, severity=severity, value=1.0, limit=limit), frame(9, run=RUN), memory
     )
+    failure, said = diagnose(case)
+    assert failure is not None
     assert said.cause
     assert said.remedies
     assert signal not in said.title  # not the words for just any signal

@@ -1,0 +1,1 @@
+"""Signals joined into a named failure."""
