@@ -33,9 +33,19 @@ def test_a_bad_number_in_the_middle_of_a_part_stirs() -> None:
 
 
 @pytest.mark.parametrize("level", [1e-30, 1e-3, 1.0, 1e30, -2.0])
-def test_fourfold_is_calm_and_a_little_more_stirs(level: float) -> None:
-    assert not watching(level).stirs([level * 3.999])
-    assert watching(level).stirs([level * 4.001])
+def test_twofold_is_calm_and_a_little_more_stirs(level: float) -> None:
+    assert not watching(level).stirs([level * 1.999])
+    assert watching(level).stirs([level * 2.001])
+
+
+def test_squares_may_grow_fourfold() -> None:
+    def grown(times: float) -> bool:
+        screen = Screen()
+        screen.lay_out([("gradient:true:squares", 1)])
+        screen.stirs([3.0])
+        return screen.stirs([3.0 * times])
+
+    assert not grown(3.999) and grown(4.001)
 
 
 def test_a_tenfold_norm_stirs_after_any_number_of_steps_that_halve_it() -> None:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from traindiag.rules.alive import StructuralZeros
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
+from traindiag.rules.loss_surge import LossSurge
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
+from traindiag.rules.resumed import OptimizerStateLost
 from traindiag.rules.rule import Rule
 from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.spike import Spike
@@ -346,6 +348,16 @@ def described_rules() -> list[Described]:
             Spike("loss/value", factor=LOSS_FACTOR, z=LOSS_Z, window=SPIKE_WINDOW, name="loss/spike"),
             "a jump of the loss: confirmation of what other signals say",
             "robust z of six healthy language models",
+        ),
+        Described(
+            LossSurge(),
+            "a loss that gives back a third of what was learned in one step",
+            _TUNING,
+        ),
+        Described(
+            OptimizerStateLost(),
+            "a resumed job whose optimizer begins with an empty second moment",
+            "RMS_t is exactly 1 at an Adam optimizer's first update",
         ),
         Described(
             StructuralZeros(), "parameters that get no gradient by construction", "round-off measured in float32"

@@ -71,7 +71,7 @@ class Rule(ABC):
     """Names of the signals that it reads, checked when the run is set up."""
     patient: bool = False
     """Whether it may see a step up to 16 steps late while nothing that is measured every step stirs: no sum is not
-    finite, has grown fourfold (a norm twofold) over its recent level, or is no longer zero. Frames keep their order
+    finite, has doubled (and no norm has) over its recent level, or is no longer zero. Frames keep their order
     and their step.
     """
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-CALM = 4.0
-"""A sum that is at most this many times its level is calm. Squared norms are sums: a norm may double."""
+CALM = 2.0
+"""A sum that is at most this many times its level is calm, and a sum of squares at most the square of it: norms may
+double too."""
 
 _SHARE = 1 / 8
 """Of each new value in the level: it follows a young run, whose gradient norm may halve in eight steps."""
@@ -16,8 +17,9 @@ _SHARE = 1 / 8
 class Screen:
     """Holds the totals of a message against their recent level, before anything is unpacked.
 
-    A message stirs when a total is not finite, has left its level by more than ``CALM - 1`` times that level, or was
-    zero and no longer is. Otherwise it may be judged a few steps later, together with others. What it has seen
+    A message stirs when a total is not finite, has left its level by more than that level (three times that level
+    where its name ends with ``squares``), or was zero and no longer is. Otherwise it may be judged a few steps later,
+    together with others. What it has seen
     decides nothing else. All ranks hold the same reduced numbers, so they agree.
 
     Example:
@@ -32,6 +34,7 @@ class Screen:
         self._names: list[str] = []
         self._ends: list[int] = []
         self._levels: list[float] = []
+        self._reach: list[float] = []
         self._known: dict[str, float] = {}
 
     def lay_out(self, totals: Sequence[tuple[str, int]]) -> None:
@@ -40,6 +43,7 @@ class Screen:
         self._names = [name for name, _ in totals]
         self._ends = list(accumulate(length for _, length in totals))
         self._levels = [self._known.get(name, math.nan) for name in self._names]
+        self._reach = [(CALM**2 if name.endswith("squares") else CALM) - 1 for name in self._names]
 
     def stirs(self, numbers: Sequence[float]) -> bool:
         """Takes the numbers of one message, each message once.
@@ -53,7 +57,7 @@ class Screen:
             start = end
             if total == level:  # most totals are counts
                 continue
-            away, calm = total - level, (CALM - 1) * abs(level)
+            away, calm = total - level, self._reach[i] * abs(level)
             if abs(away) <= calm:
                 levels[i] = level + _SHARE * away
                 continue
