@@ -188,6 +188,7 @@ def default_rules() -> list[Rule]:
             above=UPDATE_RATIO,
             share=0.5,
             persistence=3,
+            waits=True,
             name="optimizer/update-ratio",
         ),
         Growth(
@@ -231,6 +232,7 @@ def default_rules() -> list[Rule]:
             factor=ACTIVATION_GROWTH,
             share=0.5,
             settled=True,
+            warns_with="output/log_z",
             name="activation/growth",
         ),
         Threshold(
