@@ -104,10 +104,10 @@ def frames_of_signals(seed: int, count: int = 60) -> list[Frame]:
         parameters = [("adam", "embed"), ("adam", "head")]
         order = slice(None, None, -1 if step % 9 == 0 else 1)
         fast = [
-            reading(norms, "gradient/block_norm", Cells(_BLOCK, tuple(("adam", s) for s in stacks)), some(len(stacks))),
             reading(
-                moments[order], "optimizer/sentinel_rms_t", Cells(_PARAMETER, tuple(parameters[order])), some(2)
+                norms, "gradient/block_norm", Cells(_BLOCK, tuple(("adam", s) for s in stacks)), some(len(stacks))
             ),
+            reading(moments[order], "optimizer/sentinel_rms_t", Cells(_PARAMETER, tuple(parameters[order])), some(2)),
         ]
         made.append(frame(step, *fast, lane="fast", run=ADAM, learning_rates={"adam": 0.1}))
         if step >= 12 and step % 2 == 0:
