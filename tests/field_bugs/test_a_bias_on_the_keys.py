@@ -1,5 +1,6 @@
-"""A bias on the keys raises every logit of a row alike: softmax cancels it, its gradient is rounding error, and limits
-on raw logits or on gradients against epsilon warn of it for as long as the run lasts."""
+"""A bias on the keys raises every logit of a row alike: softmax cancels it, its gradient is rounding error, and
+limits on raw logits or on gradients against epsilon warn of it for as long as the run lasts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mean that moves along with a slow climb never sees it: a loss that climbs from 2 to 9.9 in 2000 steps is not told."""
+"""A mean that moves along never sees a slow climb: a loss that goes from 2 to 9.9 in 2000 steps is not told."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Trained models hold a few activations thousands of times larger than the rest, from their first blocks to their last
-and in every step: limits on maxima and kurtosis take them for a fault."""
+"""Trained models hold a few activations thousands of times larger than the rest, from their first blocks to their
+last and in every step: limits on maxima and kurtosis take them for a fault.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Only twice the mean of a window, five times in a row, is a spike to KillLossSpike: a loss that jumps from 2.0 to 3.9
-for good is never told, and one that jumps to 4.2 five steps late."""
+"""Only twice the mean of a window, five times in a row, is a spike to KillLossSpike: a loss that jumps from 2.0 to
+3.9 for good is never told, and one that jumps to 4.2 five steps late.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Megatron's rerun machine takes ten times the largest of the first 100 values for its limit, and those of a young run
-are the largest of all: what jumps later stays below."""
+"""Megatron's rerun machine takes ten times the largest of the first 100 values for its limit, and those of a young
+run are the largest of all: what jumps later stays below.
+"""
 
 from __future__ import annotations
 

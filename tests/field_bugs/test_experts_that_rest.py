@@ -1,5 +1,6 @@
 """An expert that no token has reached for some steps has a gradient of exactly zero (where gradients are not set to
-None), and experts are numbered as layers are: both are taken for gradients that vanish."""
+None), and experts are numbered as layers are: both are taken for gradients that vanish.
+"""
 
 from __future__ import annotations
 

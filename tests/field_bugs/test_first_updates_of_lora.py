@@ -1,14 +1,15 @@
 """LoRA's B begins at zero, so its first updates are as large as itself, and A's gradient at the first step is exactly
-zero: limits on updates and gradients warn of every healthy fine-tuning."""
+zero: limits on updates and gradients warn of every healthy fine-tuning.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tests.field_bugs.loop import gpt, train
-from tests.field_bugs.pack import warnings
+from tests.field_bugs.pack import told, warnings
+from tests.rules.frames import frame, reading
 
 
 class Adapted(nn.Module):
@@ -43,9 +44,6 @@ def test_they_are_left_alone(every: int) -> None:
     assert warnings(diagnostics.alerts) == []
 
 
-def test_updates_that_stay_too_large_are_told() -> None:
-    model = gpt(width=32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.05)  # to about the learning rate
-    assert "optimizer/update-ratio" in {rule for _, rule, _ in warnings(train(model, steps=8).alerts)}
+def test_updates_that_are_too_large_from_the_first_are_told() -> None:
+    frames = [frame(i, reading([0.3 / (i + 1) + 0.2, 0.5], "optimizer/update_ratio")) for i in range(5)]
+    assert [(step, rule) for step, rule, _ in warnings(told(frames))] == [(2, "optimizer/update-ratio")]

@@ -1,4 +1,4 @@
-"""msProbe's moving average begins at the first value, without a warm-up: one that is far from typical sets off alarms."""
+"""msProbe's moving average begins at the first value, without a warm-up: a strange one sets off alarms."""
 
 from __future__ import annotations
 

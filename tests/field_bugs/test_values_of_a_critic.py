@@ -1,5 +1,6 @@
 """The values of a critic, and the activations behind them, grow with its returns, and its loss jumps whenever the
-target network moves: limits made for classifiers warn of every critic that learns."""
+target network moves: limits made for classifiers warn of every critic that learns.
+"""
 
 from __future__ import annotations
 

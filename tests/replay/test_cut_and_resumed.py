@@ -43,9 +43,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> list[Frame]:
 def made_by_hand() -> list[Frame]:
     """Every signal that the pack reads as one series, with growth, jumps, falls, NaN, infinity and holes."""
     rng = np.random.default_rng(0)
-    names = sorted(
-        {signal for rule in default_rules() for signal in rule.signals if not signal.startswith("wiring/")}
-    )
+    names = sorted({name for rule in default_rules() for name in rule.signals if not name.startswith("wiring/")})
     columns = []
     for name in names:
         rate, start = rng.choice([-0.2, -0.05, 0.0, 0.05, 0.2]), float(np.exp(rng.normal(0, 2)))

@@ -103,11 +103,11 @@ def frames_of_signals(seed: int, count: int = 60) -> list[Frame]:
         moments = values(1.0, 12.0 if step in (30, 31, 45) else 1.0)
         parameters = [("adam", "embed"), ("adam", "head")]
         order = slice(None, None, -1 if step % 9 == 0 else 1)
+        blocks = Cells(("optimizer", "block"), tuple(("adam", s) for s in stacks))
+        owned = Cells(("optimizer", "parameter"), tuple(parameters[order]))
         fast = [
-            reading(
-                norms, "gradient/block_norm", Cells(_BLOCK, tuple(("adam", s) for s in stacks)), some(len(stacks))
-            ),
-            reading(moments[order], "optimizer/sentinel_rms_t", Cells(_PARAMETER, tuple(parameters[order])), some(2)),
+            reading(norms, "gradient/block_norm", blocks, some(len(stacks))),
+            reading(moments[order], "optimizer/sentinel_rms_t", owned, some(2)),
         ]
         made.append(frame(step, *fast, lane="fast", run=ADAM, learning_rates={"adam": 0.1}))
         if step >= 12 and step % 2 == 0:
@@ -119,9 +119,6 @@ def frames_of_signals(seed: int, count: int = 60) -> list[Frame]:
             ]
             made.append(frame(step, *slow, run=ADAM, learning_rates={"adam": 0.1}))
     return made
-
-
-_BLOCK, _PARAMETER = ("optimizer", "block"), ("optimizer", "parameter")
 
 
 def carried(state: dict[str, object]) -> dict[str, object]:

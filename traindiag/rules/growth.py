@@ -29,9 +29,9 @@ class Growth(Rule):
 
     NaN, infinity and values not above zero are left out.
 
-    Of values that only scatter around 1 (log-normal of sigma 0.35) it says, at a factor of 4, nothing in 400,000 where
-    they are independent and at most 4 times in 10,000 where they wander (AR(0.9)): the early level of three samples may
-    be a low one. With 50 samples for the level, or half of 4 cells, it says nothing of either.
+    Of values that only scatter around 1 (log-normal of sigma 0.35) it says, at a factor of 4, nothing in 400,000
+    where they are independent and at most 4 times in 10,000 where they wander (AR(0.9)): the early level of three
+    samples may be a low one. With 50 samples for the level, or half of 4 cells, it says nothing of either.
 
     Args:
         signal: Name of a signal with positive values.
