@@ -42,7 +42,7 @@ def train(
     **settings: Any,
 ) -> Diagnostics:
     """Trains with AdamW; ``before_gradients(step, model)`` may change gradients as if backward had made them so."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     settings = {"terminal": False, "max_overhead": None, **settings}
     diagnostics = Diagnostics(model, optimizer, every_n_steps=every_n_steps, **settings)
     for step in range(steps):

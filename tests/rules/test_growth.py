@@ -52,6 +52,15 @@ def test_a_share_of_the_cells_must_have_grown() -> None:
     assert told(0.0) and told(0.25) and not told(0.5)
 
 
+def test_without_the_signal_that_it_warns_with_it_takes_notes() -> None:
+    rule = Growth("activation/rms", factor=2.0, samples=1, persistence=1, warns_with="output/log_z")
+    severities = []
+    for step, value in enumerate([1.0, 3.0, 3.0, 3.0]):
+        readings = [reading([value], "activation/rms")] + [reading([5.0], "output/log_z")] * (step == 2)
+        severities += [v.severity for v in rule.update(frame(step, *readings))]
+    assert severities == ["info", "warning", "warning"]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"factor": 1.0}, {"critical_factor": 1.5}, {"share": 1.5}, {"samples": 0}, {"persistence": 0}]
 )

@@ -47,6 +47,10 @@ def test_nan_is_neither_failing_nor_back() -> None:
     assert said[-1] is not None and not said[-1].active
 
 
+def test_infinity_is_somebody_elses_business_and_opens_nothing_that_never_ends() -> None:
+    assert judged([1.0, math.inf, 1.0, 1.0], 0.999) == [None] * 4
+
+
 def test_it_is_told_what_is_expected() -> None:
     with pytest.raises(ValueError, match="sentinel_rms_t or optimizer/rms_t"):
         StaleSecondMoment(signal="loss/value")

@@ -187,3 +187,36 @@ def test_a_fall_needs_a_height() -> None:
         Threshold("user/x", below=1.0, fallen_from=0.5)
     with pytest.raises(ValueError, match="share must be between 0 and 1, got 2"):
         Threshold("user/x", above=1.0, share=2)
+
+
+def test_what_joins_late_is_judged_once_it_has_been_inside() -> None:
+    rule, cells = Threshold("user/x", above=1.0, waits=True), Cells.along("place", "abc")
+    rows = [
+        ([0.5, 0.0, 5.0], [True, False, True]),  # a limit that is passed from the first sample on is told
+        ([0.5, 9.0, 0.5], [True, True, True]),
+        ([0.5, math.nan, 0.5], [True, True, True]),
+        ([0.5, 3.0, 0.5], [True, True, True]),
+        ([0.5, 0.9, 0.5], [True, True, True]),
+        ([0.5, 3.0, 0.5], [True, True, True]),
+    ]
+    said = [rule.update(frame(i, reading(v, X, cells, s))) for i, (v, s) in enumerate(rows)]
+    assert [[str(v.cell) for v in found if v.active] for found in said] == [["c"], [], [], [], [], ["b"]]
+
+
+def test_nan_is_no_part_of_a_share() -> None:
+    rule, nan = Threshold("user/x", above=1.0, share=0.5), math.nan
+    (told,) = rule.update(frame(0, reading([9.0, 0.0, nan, nan, nan])))
+    assert told.active
+    assert rule.update(frame(1, reading([nan] * 5))) == ()
+
+
+def test_infinity_is_no_height_to_fall_from() -> None:
+    rule = Threshold("user/x", below=1.0, fallen_from=100.0)
+    assert active_at(feed(rule, [math.inf, 0.5, 200.0, 0.5])) == [3]
+
+
+def test_a_parameter_of_a_resting_expert_is_below_nothing() -> None:
+    names = [f"{part}.{i}.weight" for part in ("experts", "layers") for i in range(2)]
+    rule, cells = Threshold("user/x", below=1.0), Cells.along("parameter", names)
+    (told,) = rule.update(frame(0, reading([0.0, 5.0, 0.0, 5.0], X, cells)))
+    assert str(told.cell) == "layers.0.weight" and told.others == 0

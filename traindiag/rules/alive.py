@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,22 @@ def idle_members(cells: Cells, ungraded: BoolArray) -> BoolArray:
 _OPTIONAL = re.compile(r"expert|heads$|branches$|tasks$|adapters$", re.I)
 
 
+def is_optional(name: str) -> bool:
+    """Whether a list of this name holds alternatives, not the layers of a chain.
+
+    Example:
+        >>> [is_optional(name) for name in ("mlp.experts", "q_heads", "blocks")]
+        [True, True, False]
+    """
+    return bool(_OPTIONAL.search(name.rpartition(".")[2]))
+
+
+@lru_cache(maxsize=2**16)
 def _member(name: str) -> tuple[str, int] | None:
     """The innermost such list that a parameter is inside of, and its number there."""
     parts = name.split(".")
     for i in reversed(range(1, len(parts))):
-        if parts[i].isdecimal() and _OPTIONAL.search(parts[i - 1]):
+        if parts[i].isdecimal() and is_optional(parts[i - 1]):
             return ".".join(parts[:i]), int(parts[i])
     return None
 

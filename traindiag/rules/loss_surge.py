@@ -23,9 +23,10 @@ class LossSurge(Rule):
     """Speaks when the loss rises at once by a large share of what the run has learned so far.
 
     What was learned is the median of the first 3 values less the median of the last 8. That measure has the scale of
-    the task: a loss near zero that is a hundred times as large in an odd batch does not come near a third of it. And it
-    must stand out of the noise from batch to batch by ``z`` robust deviations, taken from the last 64 steps' changes. A run that has learned less than ``learned`` of its first loss is not judged; losses that
-    do not fall, such as those of critics and adversaries, never are.
+    the task: a loss near zero that is a hundred times as large in an odd batch does not come near a third of it. And
+    it must stand out of the noise from batch to batch by ``z`` robust deviations, taken from the changes of the last
+    64 steps. A run that has learned less than ``learned`` of its first loss is not judged; losses that do not fall,
+    such as those of critics and adversaries, never are.
 
     It confirms, and never predicts. NaN and infinity are left to
     :class:`~traindiag.rules.nonfinite.NonFinite`.

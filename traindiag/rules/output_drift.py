@@ -32,6 +32,10 @@ class OutputDrift(Rule):
     |log Z| must be ``factor`` times as large and at least ``above``, it must still be growing within the window, and
     the median z-score of the window's newer half must not be more than ``gain`` above that of its older half.
 
+    A level that is large from the beginning and only scatters is told too where it scatters much: log-normal around
+    20 nats with a z-score that gains nothing, not once in 10,000 samples at sigma 0.15 (8 times where it wanders,
+    AR(0.9)), but 40 and 130 times at sigma 0.35.
+
     Args:
         factor: Ratio of |log Z| to its early level that is too much.
         above: Least |log Z| that counts, in nats.
@@ -83,10 +87,10 @@ class OutputDrift(Rule):
         scores = dict(zip(gain.cells.coordinates, np.where(gain.seen, gain.values, np.nan).tolist()))
         found: list[tuple[float, str, Cell, float, float, float]] = []
         for i, (at, value) in enumerate(zip(drift.cells.coordinates, drift.values.tolist())):
-            score = scores.get(at, np.nan)
+            score, place = scores.get(at, np.nan), str(at[0]) if at else ""
             if not (drift.seen[i] and np.isfinite(value) and np.isfinite(score)):
                 continue
-            site = self._sites.setdefault(str(at[0]), _Site(self.window))
+            site = self._sites.setdefault(place, _Site(self.window))
             site.take(value, score)
             ratio, gained = site.ratio(), site.gain()
             shows = (
@@ -98,7 +102,7 @@ class OutputDrift(Rule):
             )
             site.streak = site.streak + 1 if shows else 0
             if site.streak >= self.persistence and ratio is not None:
-                found.append((ratio, str(at[0]), drift.cells[i], value, site.now(), gained))
+                found.append((ratio, place, drift.cells[i], value, site.now(), gained))
         if found:
             self._active = True
             ratio, _, cell, value, now, gained = max(found)

@@ -27,7 +27,11 @@ class StaleSecondMoment(Rule):
     Where all of a gradient is new, v = (1 - beta2) g^2 after the update, so RMS_t is at most 1 / sqrt(1 - beta2):
     31.6 for beta2 = 0.999, but 4.5 for 0.95, where a fixed limit of 2.3 is half of that and met by ordinary noise. A
     cell fails beyond ``above`` and beyond ``share`` of its optimizer's ceiling. In the first steps every gradient
-    is new; they are not judged, and neither are those of the learning rate's warm-up.
+    is new; they are not judged, and neither are those of the learning rate's warm-up. NaN and infinity are
+    :class:`~traindiag.rules.nonfinite.NonFinite`'s business.
+
+    Of an RMS_t that scatters around 1 (log-normal of sigma 0.35, independent or AR(0.9)) it says nothing in 400,000
+    values, and with a fixed limit of 5 at most once in 100,000; a fixed limit of 2.3 speaks 80 times in 10,000.
 
     Args:
         above: Least RMS_t that counts.
@@ -83,7 +87,7 @@ class StaleSecondMoment(Rule):
         assert self._table.cells is not None
         limits, settled = self._of(frame.run, self._table.cells)
         was = self._table["active"]
-        failing = seen & (values > limits) & (frame.step >= settled)
+        failing = seen & (values > limits) & (values < np.inf) & (frame.step >= settled)
         if warming:
             failing[:] = False
         if not (failing.any() or was.any()):

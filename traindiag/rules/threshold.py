@@ -10,6 +10,7 @@ import numpy as np
 from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
 from traindiag.rules import arguments
+from traindiag.rules.alive import idle_members
 from traindiag.rules.cell_table import CellTable
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
@@ -32,6 +33,12 @@ class Threshold(Rule):
     leaves the count alone too and is :class:`~traindiag.rules.nonfinite.NonFinite`'s business. ``+inf`` is above
     every limit and ``-inf`` below every limit; on the other side they count as NaN does.
 
+    An exact zero of a parameter is below nothing while it belongs to an expert, a head or the like that the step did
+    not use: see :func:`~traindiag.rules.alive.idle_members`.
+
+    With ``persistence`` 3 it says nothing of 400,000 healthy values around 1 (log-normal of sigma 0.35, independent
+    or AR(0.9)) against a limit of 4 for half of the cells, or of 0.1 once they have been above 2.
+
     Args:
         signal: Name of the signal.
         above: Largest healthy value.
@@ -46,9 +53,11 @@ class Threshold(Rule):
             ``above`` keeps that level as its own: it is told as info while it is beyond ``above``, and fails only
             when it has grown ``growth`` times.
         growth: See ``inherit``.
-        share: Share of the cells seen that must be beyond the limit in the same sample; otherwise none counts as
-            beyond it. With 0.5 the median must be.
-        fallen_from: A cell is held against ``below`` only once it has been seen above this.
+        share: Share of the cells seen, NaN left out, that must be beyond the limit in the same sample; otherwise none
+            counts as beyond it. With 0.5 the median must be.
+        fallen_from: A cell is held against ``below`` only once it has been seen above this, and finite.
+        waits: A cell that its first sample does not see is left out until it has been inside the limit. So is the
+            update ratio of weights that began at zero: their t-th update is about a t-th of them.
         name: Name of the rule, which must be unique; made of signal and limits where it is not given.
 
     Raises:
@@ -82,6 +91,7 @@ class Threshold(Rule):
         growth: float = 10.0,
         share: float = 0.0,
         fallen_from: float | None = None,
+        waits: bool = False,
         name: str | None = None,
     ) -> None:
         check_signal(signal)
@@ -111,7 +121,7 @@ class Threshold(Rule):
         self.persistence, self.cooldown = persistence, cooldown
         self.where, self.severity = where, severity
         self.inherit, self.growth = inherit, growth
-        self.share, self.fallen_from = share, fallen_from
+        self.share, self.fallen_from, self.waits = share, fallen_from, waits
         self.patient = severity == "info" or persistence >= PATIENT_PERSISTENCE
         sides = [f"{word} {number(at)}" for word, at in (("above", above), ("below", below)) if at is not None]
         self.name = name or " ".join([signal, *sides, *(() if where == "*" else ("at", where))])
@@ -122,7 +132,15 @@ class Threshold(Rule):
         self._leave_above = np.inf if above is None else above - RELEASE * abs(above)
         self._leave_below = -np.inf if below is None else below + RELEASE * abs(below)
         self._table = CellTable(
-            where, count=0, active=False, met=False, held=False, limit=float(self._high), fell=False
+            where,
+            count=0,
+            active=False,
+            met=False,
+            held=False,
+            limit=float(self._high),
+            fell=False,
+            known=False,
+            waiting=False,
         )
         self._open = False
 
@@ -138,9 +156,13 @@ class Threshold(Rule):
         low = values < self._low
         if self.fallen_from is not None:
             low &= table["fell"]
-            table["fell"] |= seen & (values > self.fallen_from)
+            table["fell"] |= seen & (values > self.fallen_from) & (values < np.inf)
+        if self.waits:
+            seen = seen & ~self._waiting(seen, np.isfinite(values) & (values <= limit) & ~low)
         crossing = seen & ((values > limit) | low)
-        too_few = bool(self.share) and crossing.sum() < self.share * seen.sum()
+        if crossing.any() and (idle := self._idle(values, seen)) is not None:
+            seen, crossing = seen & ~idle, crossing & ~idle
+        too_few = bool(self.share) and crossing.sum() < self.share * (seen & ~np.isnan(values)).sum()
         if too_few:
             crossing[:] = False
         count, active, held = table["count"], table["active"], table["held"]
@@ -155,6 +177,21 @@ class Threshold(Rule):
             held &= ~(judged & (values <= self._leave_above))
             held |= judged & self._over_own(values, seen)
         return self._tell(frame, reading, values, judged)
+
+    def _waiting(self, seen: BoolArray, inside: BoolArray) -> BoolArray:
+        """Cells that were absent at first and have not been inside the limit since."""
+        known, waiting = self._table["known"], self._table["waiting"]
+        waiting |= ~known & ~seen
+        known[:] = True
+        waiting &= ~(seen & inside)
+        return np.array(waiting, np.bool_)
+
+    def _idle(self, values: FloatArray, seen: BoolArray) -> BoolArray | None:
+        """Parameters that the step did not use; None where there is no such thing."""
+        cells, zero = self._table.cells, seen & (values == 0)
+        if cells is None or cells.axes[-1:] != ("parameter",) or not zero.any():
+            return None
+        return idle_members(cells, zero | ~seen)
 
     def _keep_inherited(self, values: FloatArray, seen: BoolArray) -> None:
         met = self._table["met"]

@@ -11,6 +11,7 @@ import numpy as np
 from traindiag.record.cells import Cells
 from traindiag.record.frame import Frame
 from traindiag.rules import arguments
+from traindiag.rules.alive import is_optional
 from traindiag.rules.rule import COOLDOWN, NOWHERE, Rule, Severity, Verdict
 from traindiag.rules.wording import number
 
@@ -20,6 +21,9 @@ _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\..*)?$")
 
 class Vanishing(Rule):
     """Speaks while the first block of a stack gets next to no gradient in comparison with its last.
+
+    A healthy first block at ten times the limit whose norm and the last one's scatter (log-normal of sigma 0.35,
+    independent or AR(0.9)) is not told once in 100,000 steps.
 
     Args:
         ratio: Ratio of the first block's gradient norm to the last one's, below which gradients vanish.
@@ -121,6 +125,8 @@ class Vanishing(Rule):
 def ends_of_stacks(cells: Cells) -> dict[str, tuple[int, int]]:
     """Indices of the first and the last numbered block of each stack of at least two.
 
+    Experts, heads and the like are numbered too, but none comes before another: they are no stack.
+
     Example:
         >>> blocks = ["embed", "blocks.0", "blocks.1", "head"]
         >>> cells = Cells(("optimizer", "block"), tuple(("a", block) for block in blocks))
@@ -129,8 +135,8 @@ def ends_of_stacks(cells: Cells) -> dict[str, tuple[int, int]]:
     """
     members: dict[str, list[tuple[int, int]]] = {}
     for index, coordinate in enumerate(cells.coordinates):
-        found = _NUMBERED.match(str(coordinate[-1]))
-        if found:
+        found = _NUMBERED.match(str(coordinate[-1])) if coordinate else None
+        if found and not is_optional(found[1]):
             stack = f"{coordinate[0]} {found[1]}"
             members.setdefault(stack, []).append((int(found[2]), index))
     return {stack: (min(m)[1], max(m)[1]) for stack, m in members.items() if len(m) > 1}

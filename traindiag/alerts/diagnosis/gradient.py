@@ -20,6 +20,9 @@ from traindiag.rules.wording import number
 NORMS = ("gradient/norm", "gradient/norm_applied")
 _BLOCKS, _RMS = "gradient/block_norm", "gradient/rms"
 
+WITH_LOSS = 2.0
+"""Least ratio of a gradient norm to the one before that counts as a jump where the loss jumps in the same step."""
+
 SOLVED = 0.01
 """Share of the first loss below which small gradients mean that there is nothing left to learn."""
 
@@ -44,7 +47,9 @@ class CorruptBatch(Failure):
             return None
         loss = _among(case, "loss/*")
         gradient = _among(case, *NORMS)
-        if loss is None or gradient is None or loss.since != gradient.since or verdict.step - loss.since > 2:
+        if loss is None or verdict.step - loss.since > 2:
+            return None
+        if not (_jumped_with(case, loss) if gradient is None else loss.since == gradient.since):
             return None
         if not case.memory.rose(loss.last.value):
             return None
@@ -67,6 +72,15 @@ class CorruptBatch(Failure):
             ),
             rules_of(loss, gradient, case.by(*RMS_T)),
         )
+
+
+def _jumped_with(case: Case, loss: Witness) -> bool:
+    """Whether the gradient norm has doubled in the step of the loss, be it not enough for a rule of its own."""
+    for norm in NORMS:
+        now, before = case.now(norm), case.healthy(norm)
+        if now is not None and before is not None:
+            return now.step == loss.since and now.high >= WITH_LOSS * before.high
+    return False
 
 
 class GradientJump(Failure):
