@@ -88,7 +88,13 @@ def test_non_finite() -> None:
     assert not told(replace(bad, severity="info"), RUN).remedies
 
 
-KINDS = {"Growth": "trend", "OutputDrift": "trend", "StaleSecondMoment": "threshold", "Vanishing": "threshold"}
+KINDS = {
+    "Growth": "trend",
+    "OutputDrift": "trend",
+    "StaleSecondMoment": "threshold",
+    "Vanishing": "threshold",
+    "LossSurge": "spike",
+}
 """Of rules whose verdicts have a kind that is not their own name."""
 
 

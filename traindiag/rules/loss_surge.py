@@ -73,7 +73,7 @@ class LossSurge(Rule):
         self.share, self.learned, self.z, self.cooldown = share, learned, z, cooldown
         self.severity, self.name = severity, name
         self._table = CellTable(
-            first=(_FIRST, np.nan), recent=(_SPREAD, np.nan), count=0, calm=0, high=0, active=False
+            first=(_FIRST, np.nan), start=np.nan, recent=(_SPREAD, np.nan), count=0, calm=0, high=0, active=False
         )
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
@@ -112,10 +112,13 @@ class LossSurge(Rule):
         table["count"][at] += 1
         if count < _FIRST:
             table["first"][count, at] = value
-        first = float(np.median(table["first"][:, at])) if count >= _FIRST else np.nan
-        calm = int(table["calm"][at])
-        if count >= _FIRST and calm >= _RECENT:
-            past = table["recent"][(calm + np.arange(-min(calm, _SPREAD), 0)) % _SPREAD, at]  # oldest first
+            table["start"][at] = np.median(table["first"][: count + 1, at])
+        first, calm = float(table["start"][at]), int(table["calm"][at])
+        ring = table["recent"][:, at]
+        # Nothing below this can be a surge, whatever the level is: medians are for the few left over.
+        least = (1 - self.share) * float(np.fmin.reduce(ring)) + self.share * first
+        if value >= least and count >= _FIRST and calm >= _RECENT:
+            past = ring[(calm + np.arange(-min(calm, _SPREAD), 0)) % _SPREAD]  # oldest first
             level = float(np.median(past[-_RECENT:]))
             noise = 1.4826 / np.sqrt(2) * float(np.median(np.abs(np.diff(past))))
             learned, rise = first - level, value - level
@@ -125,7 +128,10 @@ class LossSurge(Rule):
                 if table["high"][at] <= _STUCK:  # what stands out is no measure for what follows
                     table["active"][at] = True
                     return rise / learned, level, first
-        table["high"][at] = 0
+            else:
+                table["high"][at] = 0
+        else:
+            table["high"][at] = 0
         table["recent"][calm % _SPREAD, at] = value
         table["calm"][at] += 1
         return None
