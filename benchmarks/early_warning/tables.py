@@ -1,0 +1,364 @@
+"""What people read of the results: the README's short table, docs/early_warning.md and its picture.
+
+All of it follows from results/early_warning.json; without that file the marked places are empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.early_warning.curve import picture
+from benchmarks.early_warning.judge import ALL_ROWS, RESULT
+from benchmarks.early_warning.score import CLOCKS, NAMED_WITHIN
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "early_warning.md"
+PICTURE = ROOT / "docs" / "early_warning.svg"
+ROWS = ("new families", "new sizes and horizons", "new seeds", ALL_ROWS)
+"""In the order of the tables; the first is the headline."""
+
+Told = Mapping[str, Any]
+
+
+def between(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between the markers of that name.
+
+    Raises:
+        ValueError: If the markers are not there.
+
+    Example:
+        >>> between("<!-- a: how -->\\nold\\n<!-- end of a -->", "a", "new")
+        '<!-- a: how -->\\nnew\\n<!-- end of a -->'
+    """
+    found, count = re.subn(
+        rf"(<!-- {name}: [^\n]*-->\n).*?(\n?<!-- end of {name} -->)",
+        lambda match: match.group(1) + table + ("\n" if table else "") + match.group(2).lstrip("\n"),
+        text,
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise ValueError(f"expected one place marked {name!r}, found {count}")
+    return found
+
+
+def result() -> dict[str, Any] | None:
+    """The published result; None where there is none yet."""
+    return json.loads(RESULT.read_text()) if RESULT.exists() else None
+
+
+def readme_with(readme: str, found: Told | None) -> str:
+    """The README with its short table."""
+    return between(readme, "early warning", short_table(found) if found else "")
+
+
+def docs_with(docs: str, found: Told | None) -> str:
+    """The long document with all tables."""
+    parts = {
+        "slow": lambda r: ahead_table(r, "slow"),
+        "fast": lambda r: ahead_table(r, "fast"),
+        "injected": injected_table,
+        "healthy": healthy_table,
+        "rivals": rivals_table,
+        "matched": matched_table,
+        "cures": cures_table,
+        "made with": made_with,
+    }
+    for name, part in parts.items():
+        docs = between(docs, name, part(found) if found else "")
+    return docs
+
+
+def write_tables() -> None:
+    """Brings everything up to date."""
+    found = result()
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with(readme.read_text(), found))
+    DOCS.write_text(docs_with(DOCS.read_text(), found))
+    if found:
+        PICTURE.write_text(picture(headline(found)))
+
+
+def rows_of(found: Told) -> list[tuple[str, Told]]:
+    """Rows that there are, in their order; those of other names, such as tuning, last."""
+    rows = found["rows"]
+    names = [*(r for r in ROWS if r in rows), *(r for r in rows if r not in ROWS)]
+    return [(name, rows[name]) for name in names]
+
+
+def headline(found: Told) -> Told:
+    """The first row that there is."""
+    return rows_of(found)[0][1]
+
+
+# -- one table each ----------------------------------------------------------------------------
+
+
+def short_table(found: Told) -> str:
+    """Three clocks, the false alarms, and the rivals that come nearest, on the headline row."""
+    name, row = rows_of(found)[0]
+    lines = _table(
+        ["failures", "runs", "warned before the loss is 10 % worse", "2.5 % worse", "mean lead", "right family"],
+        [
+            [
+                clock,
+                row[clock]["all"]["runs"],
+                _recall(row[clock]["all"]["material"]),
+                _recall(row[clock]["all"]["strict"]),
+                _share(row[clock]["all"]["material"].get("mean_lead_share")),
+                _right(row[clock]["all"]["material"], "right_family", "family_known"),
+            ]
+            for clock in CLOCKS
+            if clock in row
+        ],
+    )
+    told = [f"On models of families that nothing was tuned on:\n\n{lines}" if name == ROWS[0] else f"{name}:\n\n{lines}"]
+    if row["injected"]:
+        i = row["injected"]["all"]
+        told.append(
+            f"Injected faults, which nothing precedes: {i['within']} of {i['runs']} told within {NAMED_WITHIN} steps, "
+            f"{i['named']} by the right name."
+        )
+    if row["healthy"]:
+        h = row["healthy"]["all"]
+        told.append(
+            f"Healthy runs of the same families: {h['events']} false warnings in {h['steps']:,} steps "
+            f"({h['per_10k']:.2f} per 10,000, at most {h['per_10k_below']:.2f}), on {h['false_runs']} of {h['runs']} "
+            f"runs ({h['share']:.1%}, at most {h['share_below']:.1%})."
+        )
+    return "\n\n".join(told)
+
+
+def ahead_table(found: Told, clock: str) -> str:
+    """One line a row and kind of one clock."""
+    lines = [
+        [
+            row_name,
+            _plain(kind),
+            of_kind["runs"],
+            *(_recall(of_kind[which]) for which in ("material", "strict", "cured")),
+            _lead(of_kind["material"]),
+            *(_share(of_kind[which].get("mean_lead_share")) for which in ("material", "strict", "cured")),
+            _right(of_kind["material"], "right_family", "family_known"),
+            _right(of_kind["material"], "right_diagnosis", "runs"),
+        ]
+        for row_name, row in rows_of(found)
+        if row_name != ALL_ROWS
+        for kind, of_kind in row.get(clock, {}).items()
+    ]
+    head = ["row", "kind", "runs", "warned: material", "strict", "cured twin", "median lead"]
+    return _table([*head, "mean lead share: material", "strict", "cured twin", "family", "diagnosis"], lines)
+
+
+def injected_table(found: Told) -> str:
+    """Delay and naming."""
+    lines = [
+        [
+            row_name,
+            _plain(kind),
+            k["runs"],
+            k["told"],
+            f"{k['within']} ({k['low']:.0%}–{k['high']:.0%})",
+            k["named"],
+            _number(k["median_delay"]),
+            k["before"],
+        ]
+        for row_name, row in rows_of(found)
+        if row_name != ALL_ROWS
+        for kind, k in row["injected"].items()
+    ]
+    within = f"within {NAMED_WITHIN} steps"
+    head = ["row", "kind", "runs", "told", f"told {within}", f"named {within}", "median delay", "warned before it"]
+    return _table(head, lines)
+
+
+def healthy_table(found: Told) -> str:
+    """False alarms by line, then by rule, then what is neither healthy nor failed."""
+    lines = [
+        [
+            row_name,
+            line,
+            h["runs"],
+            h["configurations"],
+            f"{h['steps']:,}",
+            h["events"],
+            f"{h['per_10k']:.2f} (≤ {h['per_10k_below']:.2f})",
+            h["false_runs"],
+            f"{h['share']:.1%} (≤ {h['share_below']:.1%})",
+        ]
+        for row_name, row in rows_of(found)
+        for line, h in row["healthy"].items()
+    ]
+    head = ["row", "runs that stayed healthy", "runs", "configurations", "steps", "false warnings", "per 10,000 steps"]
+    told = [_table([*head, "false runs", "share"], lines)]
+    rules = [
+        [row_name, f"`{rule}`", count]
+        for row_name, row in rows_of(found)
+        if row_name != ALL_ROWS and row["healthy"]
+        for rule, count in row["healthy"]["all"]["by_rule"].items()
+    ]
+    if rules:
+        told.append(_table(["row", "rule", "false warnings"], rules))
+    neither = [
+        [row_name, fate, n["runs"], f"{n['share']:.0%}", n["warned"]]
+        for row_name, row in rows_of(found)
+        for fate, n in row["neither"].items()
+    ]
+    if neither:
+        told.append(_table(["row", "neither healthy nor failed", "runs", "share of all runs", "warned"], neither))
+    return "\n\n".join(told)
+
+
+def rivals_table(found: Told) -> str:
+    """The headline row: every rival as published and at our budget, one table a clock."""
+    row = headline(found)
+    told = []
+    for clock in CLOCKS:
+        if clock not in row:
+            continue
+        ours = row[clock]["all"]
+        healthy = row["healthy"].get("all")
+        first = [
+            "**traindiag**",
+            healthy["false_runs"] if healthy else "",
+            _recall(ours["material"]),
+            _share(ours["material"]["mean_lead_share"]),
+            "",
+            "",
+        ]
+        lines = [first, *(_rival(name, rival, clock) for name, rival in row["rivals"].items())]
+        head = ["detector", "published: false runs", "warned", "mean lead share"]
+        told.append(f"{clock.capitalize()} failures:\n\n" + _table([*head, "budget: mean lead share", "ours more"], lines))
+    for clock, dealt in row["dealt_anew"].items():
+        told.append(
+            f"Alarms of another run, dealt to each {clock} failure: {dealt['failing']:.0%} hit if that run failed too, "
+            f"{dealt['all']:.0%} if it is any run; its own: {dealt['own']:.0%}."
+        )
+    return "\n\n".join(told)
+
+
+def _rival(name: str, rival: Told, clock: str) -> list[Any]:
+    published, budget = rival["published"], rival["budget"]
+    as_is, there = published[clock]["material"], budget[clock]["material"]
+    cells = [name, published["healthy"]["false_runs"] if published["healthy"] else "", _recall(as_is)]
+    cells += [_share(as_is["mean_lead_share"])]
+    if not budget["possible"]:
+        return [*cells, "no such limit", ""]
+    interval = f"{there['ours_more']:+.2f} ({there['ours_more_low']:+.2f} to {there['ours_more_high']:+.2f})"
+    return [*cells, _share(there["mean_lead_share"]), interval]
+
+
+def matched_table(found: Told) -> str:
+    """AUC where the configuration does not vary."""
+    lines = []
+    detectors: list[str] = []
+    for row_name, row in rows_of(found):
+        for clock, strata in row["matched"].items():
+            for label, of_label in strata.items():
+                if of_label["pairs"]:
+                    detectors = [k for k in of_label if k not in ("strata", "pairs")]
+                    aucs = [f"{a['auc']:.2f} ({a['low']:.2f}–{a['high']:.2f})" for a in map(of_label.get, detectors)]
+                    lines.append([row_name, clock, label, of_label["strata"], of_label["pairs"], *aucs])
+    return _table(["row", "clock", "pairs of runs", "strata", "pairs", *detectors], lines)
+
+
+def cures_table(found: Told) -> str:
+    """What following the advice would have come to."""
+    lines = []
+    for row_name, row in rows_of(found):
+        if row_name == ALL_ROWS:
+            continue
+        for clock, c in row["cure_rate"].items():
+            both = c["both"]
+            lines.append(
+                [
+                    row_name,
+                    clock,
+                    c["runs"],
+                    *(_cured(of[k]) for of in (c, both) for k in ("advice", "a third of the learning rate")),
+                    ", ".join(f"{what}: {n}" for what, n in c["not_tried"].items()),
+                ]
+            )
+    head = ["row", "clock", "failing runs", "first remedy", "a third of the learning rate"]
+    return _table([*head, "both tried: first remedy", "both tried: a third", "first remedy not tried"], lines)
+
+
+def made_with(found: Told) -> str:
+    """Where the numbers come from, and what was published before."""
+    results = [*found["history"], found]
+    lines = [
+        [
+            i,
+            r["date"],
+            f"`{r['rules']}`",
+            f"`{r['protocol']}`",
+            r["runs"],
+            *(_recall(headline(r)[c]["all"]["material"]) if c in headline(r) else "" for c in CLOCKS),
+            *(_share(headline(r)[c]["all"]["material"]["mean_lead_share"]) if c in headline(r) else "" for c in CLOCKS),
+            f"{headline(r)['healthy']['all']['per_10k']:.2f}" if headline(r)["healthy"] else "",
+            r["reason"],
+        ]
+        for i, r in enumerate(results, 1)
+    ]
+    head = ["", "date", "rules", "protocol", "runs", "slow: warned", "fast: warned", "slow: lead share"]
+    table = _table([*head, "fast: lead share", "false per 10,000", "why"], lines)
+    versions = ", ".join(f"{k} {found[k]}" for k in ("traindiag", "torch", "numpy"))
+    return f"{found['machine']}, Python {found['python']}, {versions}.\n\n{table}"
+
+
+# -- for a terminal ----------------------------------------------------------------------------
+
+
+def as_text(found: Told) -> str:
+    """The tables of a result that may not be published."""
+    parts = [ahead_table(found, c) for c in CLOCKS]
+    parts += [injected_table(found), healthy_table(found), rivals_table(found), matched_table(found), cures_table(found)]
+    return "\n\n".join(parts)
+
+
+# -- cells -------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows).replace("| --- ", "|---").replace(
+        "|--- |", "|---|"
+    )
+
+
+def _recall(at: Told) -> str:
+    if not at["runs"] if "runs" in at else False:
+        return ""
+    return f"{at['warned']} ({at['recall']:.0%}, {at['low']:.0%}–{at['high']:.0%})"
+
+
+def _lead(at: Told) -> str:
+    if at.get("median_lead") is None:
+        return ""
+    return f"{at['median_lead']:g} steps, {at['median_lead_of_run']:.0%} of the run"
+
+
+def _right(at: Told, key: str, of: str) -> str:
+    return f"{at[key]} of {at[of]}" if at.get(of) else ""
+
+
+def _cured(tried: Told) -> str:
+    if not tried["tried"]:
+        return ""
+    share = f"{tried['share']:.0%}, {tried['low']:.0%}–{tried['high']:.0%}"
+    return f"{tried['healthy']} of {tried['tried']} ({share})"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _plain(kind: str) -> str:
+    return {"all": "**all**", "none": "no fault, high learning rate"}.get(kind, kind.replace("_", " "))
