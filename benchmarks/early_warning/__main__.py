@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         if given.split not in (["tuning"], ["reporting"]):
             parser.error("judge takes one --split")
+        if given.split == ["reporting"] and RESULT.exists() and not given.reason:
+            parser.error("the reporting split was judged before: say why it is again, with --reason")
         result = judge_runs(plan, zoo(protocol(), "tuning"), given.folder, read_fates(fates_file), given.jobs)
         print(as_text(result))
         if given.split == ["reporting"]:

@@ -90,8 +90,10 @@ def limit_for(highest_of_healthy: Sequence[float], allowed: int) -> float | None
     """
     if allowed >= len(highest_of_healthy):
         return -math.inf
-    limit = math.nextafter(sorted(highest_of_healthy, reverse=True)[allowed], math.inf)
-    return None if math.isinf(limit) and limit > 0 else limit
+    noisiest_spared = sorted(highest_of_healthy, reverse=True)[allowed]
+    if math.isinf(noisiest_spared):
+        return None if noisiest_spared > 0 else noisiest_spared
+    return math.nextafter(noisiest_spared, math.inf)
 
 
 def alarms_at(scores: Mapping[str, Scores], runs: Sequence[str], limit: float | None, once: bool) -> Alarms:

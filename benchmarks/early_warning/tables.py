@@ -6,16 +6,15 @@ All of it follows from results/early_warning.json; without that file the marked 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.early_warning.agree import AGREE
 from benchmarks.early_warning.curve import picture
 from benchmarks.early_warning.judge import ALL_ROWS, RESULT
 from benchmarks.early_warning.score import CLOCKS, NAMED_WITHIN
+from benchmarks.tables import ROOT, between
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "early_warning.md"
 PICTURE = ROOT / "docs" / "early_warning.svg"
 ROWS = ("new families", "new sizes and horizons", "new seeds", ALL_ROWS)
@@ -23,26 +22,7 @@ ROWS = ("new families", "new sizes and horizons", "new seeds", ALL_ROWS)
 
 Told = Mapping[str, Any]
 
-
-def between(text: str, name: str, table: str) -> str:
-    """``text`` with ``table`` between the markers of that name.
-
-    Raises:
-        ValueError: If the markers are not there.
-
-    Example:
-        >>> between("<!-- a: how -->\\nold\\n<!-- end of a -->", "a", "new")
-        '<!-- a: how -->\\nnew\\n<!-- end of a -->'
-    """
-    found, count = re.subn(
-        rf"(<!-- {name}: [^\n]*-->\n).*?(\n?<!-- end of {name} -->)",
-        lambda match: match.group(1) + table + ("\n" if table else "") + match.group(2).lstrip("\n"),
-        text,
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise ValueError(f"expected one place marked {name!r}, found {count}")
-    return found
+_PICTURE = "![Share of failing runs warned with at least a share of the way to the onset left](early_warning.svg)"
 
 
 def result() -> dict[str, Any] | None:
@@ -58,7 +38,7 @@ def readme_with(readme: str, found: Told | None) -> str:
 def docs_with(docs: str, found: Told | None) -> str:
     """The long document with all tables."""
     parts = {
-        "slow": lambda r: ahead_table(r, "slow"),
+        "slow": lambda r: f"{ahead_table(r, 'slow')}\n\n{_PICTURE}",
         "fast": lambda r: ahead_table(r, "fast"),
         "injected": injected_table,
         "healthy": healthy_table,
@@ -69,7 +49,7 @@ def docs_with(docs: str, found: Told | None) -> str:
     }
     for name, part in parts.items():
         docs = between(docs, name, part(found) if found else "")
-    return docs
+    return between(docs, "agree", agree_table(json.loads(AGREE.read_text())) if AGREE.exists() else "")
 
 
 def write_tables() -> None:
@@ -101,7 +81,7 @@ def short_table(found: Told) -> str:
     """Three clocks, the false alarms, and the rivals that come nearest, on the headline row."""
     name, row = rows_of(found)[0]
     lines = _table(
-        ["failures", "runs", "warned before the loss is 10 % worse", "2.5 % worse", "mean lead", "right family"],
+        ["failures", "runs", "warned before the loss is 10 % worse", "2.5 % worse", "mean lead share", "right family"],
         [
             [
                 clock,
@@ -115,7 +95,8 @@ def short_table(found: Told) -> str:
             if clock in row
         ],
     )
-    told = [f"On models of families that nothing was tuned on:\n\n{lines}" if name == ROWS[0] else f"{name}:\n\n{lines}"]
+    models = "models of families that nothing was tuned on" if name == ROWS[0] else f"the row {name!r}"
+    told = [f"How early, on {models} ([how it is measured, by kind, and other detectors](docs/early_warning.md)):", lines]
     if row["injected"]:
         i = row["injected"]["all"]
         told.append(
@@ -226,12 +207,14 @@ def rivals_table(found: Told) -> str:
             healthy["false_runs"] if healthy else "",
             _recall(ours["material"]),
             _share(ours["material"]["mean_lead_share"]),
-            "",
+            healthy["false_runs"] if healthy else "",
+            _share(ours["material"]["mean_lead_share"]),
             "",
         ]
         lines = [first, *(_rival(name, rival, clock) for name, rival in row["rivals"].items())]
-        head = ["detector", "published: false runs", "warned", "mean lead share"]
-        told.append(f"{clock.capitalize()} failures:\n\n" + _table([*head, "budget: mean lead share", "ours more"], lines))
+        head = ["detector", "as published: false runs", "warned", "mean lead share", "at our budget: false runs"]
+        table = _table([*head, "mean lead share", "ours is larger by"], lines)
+        told.append(f"{clock.capitalize()} failures:\n\n{table}")
     for clock, dealt in row["dealt_anew"].items():
         told.append(
             f"Alarms of another run, dealt to each {clock} failure: {dealt['failing']:.0%} hit if that run failed too, "
@@ -243,12 +226,12 @@ def rivals_table(found: Told) -> str:
 def _rival(name: str, rival: Told, clock: str) -> list[Any]:
     published, budget = rival["published"], rival["budget"]
     as_is, there = published[clock]["material"], budget[clock]["material"]
-    cells = [name, published["healthy"]["false_runs"] if published["healthy"] else "", _recall(as_is)]
-    cells += [_share(as_is["mean_lead_share"])]
+    false = [of["healthy"]["false_runs"] if of["healthy"] else "" for of in (published, budget)]
+    cells = [name, false[0], _recall(as_is), _share(as_is["mean_lead_share"])]
     if not budget["possible"]:
-        return [*cells, "no such limit", ""]
+        return [*cells, "no such limit", "", ""]
     interval = f"{there['ours_more']:+.2f} ({there['ours_more_low']:+.2f} to {there['ours_more_high']:+.2f})"
-    return [*cells, _share(there["mean_lead_share"]), interval]
+    return [*cells, false[1], _share(there["mean_lead_share"]), interval]
 
 
 def matched_table(found: Told) -> str:
@@ -309,6 +292,21 @@ def made_with(found: Told) -> str:
     return f"{found['machine']}, Python {found['python']}, {versions}.\n\n{table}"
 
 
+def agree_table(found: Told) -> str:
+    """Live against replay."""
+    lines = [
+        [
+            f"`{r['run']}`",
+            r["messages"],
+            "yes" if r["same_in_replay"] else "**no**",
+            _number(r["first_live"]),
+            _number(r["first_stored"]),
+        ]
+        for r in found["runs"]
+    ]
+    return _table(["run", "messages live", "the same in replay", "first warning live, step", "of the stored run"], lines)
+
+
 # -- for a terminal ----------------------------------------------------------------------------
 
 
@@ -323,14 +321,12 @@ def as_text(found: Told) -> str:
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows).replace("| --- ", "|---").replace(
-        "|--- |", "|---|"
-    )
+    rows = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
 
 
 def _recall(at: Told) -> str:
-    if not at["runs"] if "runs" in at else False:
+    if "warned" not in at:
         return ""
     return f"{at['warned']} ({at['recall']:.0%}, {at['low']:.0%}–{at['high']:.0%})"
 
