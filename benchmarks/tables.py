@@ -41,13 +41,13 @@ def with_tables(readme: str) -> str:
 
 
 def between(text: str, name: str, table: str) -> str:
-    """``text`` with ``table`` between the markers of that name.
+    r"""``text`` with ``table`` between the markers of that name.
 
     Raises:
         ValueError: If they are not there just once.
 
     Example:
-        >>> between("<!-- a: how -->\\nold\\n<!-- end of a -->", "a", "new")
+        >>> between("<!-- a: how -->\nold\n<!-- end of a -->", "a", "new")
         '<!-- a: how -->\\nnew\\n<!-- end of a -->'
     """
     found, count = re.subn(

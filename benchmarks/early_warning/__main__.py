@@ -5,7 +5,7 @@ python -m benchmarks.early_warning run --split tuning --jobs 2           # train
 python -m benchmarks.early_warning fates                                 # writes fates.json from the losses alone
 python -m benchmarks.early_warning judge --split reporting --jobs 2      # writes results/early_warning.json
 python -m benchmarks.early_warning judge --split tuning                  # prints, and writes beside the runs
-python -m benchmarks.early_warning tables                                # README, docs/early_warning.md and its picture
+python -m benchmarks.early_warning tables                                # README, docs/early_warning.md, its picture
 python -m benchmarks.early_warning agree                                 # live and replayed verdicts of ten runs
 """
 

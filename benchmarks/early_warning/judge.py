@@ -128,7 +128,9 @@ def publish(result: Mapping[str, Any], path: Path, reason: str | None) -> None:
     if path.exists():
         earlier = json.loads(path.read_text())
         if not reason:
-            raise ValueError(f"the reporting split was judged on {earlier['date']}: say why it is again, with --reason")
+            raise ValueError(
+                f"the reporting split was judged on {earlier['date']}: say why it is again, with --reason"
+            )
         history = [*earlier.pop("history"), earlier]
     found = {
         **machine(),

@@ -77,8 +77,8 @@ class Rival:
 
     def fires(self, series: Mapping[str, Readings], config: Config, *, limit: float = 1.0) -> list[int]:
         """Steps at which an alarm opens: the score reaches the limit, and did not at the step judged before."""
-        openings = openings(self.scores(series, config), limit)
-        return openings[:1] if self.once else openings
+        found = openings(self.scores(series, config), limit)
+        return found[:1] if self.once else found
 
 
 def _in_order(readings: Readings) -> list[tuple[int, float]]:

@@ -100,6 +100,7 @@ def score(fates: Fates, alarms: Alarms, names: Told, hot: Collection[str] = ()) 
         "false": {n: sorted({a.rule for a in alarms[n]}) for n in runs.healthy if alarms[n]},
         **ahead,
         "injected": injected,
+        "fates": fates_at_cuts(alarms, fates),
         "neither": {
             fate: {"runs": len(n), "share": len(n) / len(alarms), "warned": sum(bool(alarms[m]) for m in n)}
             for fate in ("grey", "slow")
@@ -131,8 +132,23 @@ def false_alarms(names: Sequence[str], fates: Fates, alarms: Mapping[str, Sequen
     }
 
 
+def fates_at_cuts(names: Iterable[str], fates: Fates) -> dict[str, Any]:
+    """How many runs came to what, at the cut of the protocol and at others, and which are healthy at one and failed at
+    another: those are a defect of the protocol.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    defects = []
+    for name in names:
+        ends = {key: fate for key, fate in fates[name].items() if key.startswith("fate")}
+        for key, fate in ends.items():
+            counts[key.replace("_", " ")][fate] += 1
+        if "healthy" in ends.values() and set(ends.values()) & set(FAILED):
+            defects.append(name)
+    return {**{key: dict(of.most_common()) for key, of in counts.items()}, "healthy_and_failed": defects}
+
+
 def onset(told: Told, which: str) -> int | None:
-    """Step of the failure: ``material`` or ``strict``, or ``cured``, the first seen from a cured twin, where one is."""
+    """Step of the failure: ``material``, ``strict``, or ``cured``, the first seen from a cured twin if there is one."""
     if which != "cured":
         return None if told[which] is None else int(told[which])
     seen = [c["material"] for c in told["cures"].values() if c["works"] and c["material"] is not None]
@@ -173,6 +189,7 @@ def _before(onsets: Mapping[str, int], fates: Fates, alarms: Alarms, names: Told
     shares = [lead_share(alarms[n], at) for n, at in onsets.items()]
     known = [n for n in onsets if fates[n]["families"]]
     open_then = {n: [a for a in alarms[n] if a.open_at(at)] for n, at in onsets.items()}
+    rights = {n: right_names(fates[n], names) for n in onsets}
     low, high = clopper_pearson(len(leads), len(onsets))
     return {
         "runs": len(onsets),
@@ -185,12 +202,9 @@ def _before(onsets: Mapping[str, int], fates: Fates, alarms: Alarms, names: Told
         "median_lead_of_run": statistics.median(x / fates[n]["steps"] for n, x in leads.items()) if leads else None,
         "family_known": len(known),
         "right_family": sum(any(a.family in fates[n]["families"] for a in open_then[n]) for n in known),
-        "right_diagnosis": sum(
-            any(a.diagnosis in right_names(fates[n], names) for a in alarms_then) for n, alarms_then in open_then.items()
-        ),
-        "warned_with_left": [
-            sum(n in leads and s >= x for n, s in zip(onsets, shares)) / len(onsets) for x in LEFT
-        ],
+        "diagnosis_known": sum(bool(right) for right in rights.values()),
+        "right_diagnosis": sum(any(a.diagnosis in rights[n] for a in found) for n, found in open_then.items()),
+        "warned_with_left": [sum(n in leads and s >= x for n, s in zip(onsets, shares)) / len(onsets) for x in LEFT],
     }
 
 

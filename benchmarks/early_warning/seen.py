@@ -47,7 +47,7 @@ def look_at_all(plan: Sequence[Run], folder: Path, jobs: int) -> dict[str, Seen]
 
 
 def config_of(run: Run) -> Config:
-    """What is known before the first step. ``lr_times`` is known only where the best learning rate has been looked for."""
+    """What is known before the first step; ``lr_times`` only where the best learning rate has been looked for."""
     recipe = run.recipe
     return {
         "length": recipe.steps,

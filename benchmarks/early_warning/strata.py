@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.early_warning.alarms import Alarm
 from benchmarks.early_warning.fates import FAILED
 from benchmarks.early_warning.intervals import clustered
-from benchmarks.early_warning.score import LOWER_LR, CLOCKS, Alarms, Fates, Sorted, onset
+from benchmarks.early_warning.score import CLOCKS, LOWER_LR, Alarms, Fates, Sorted, onset
 
 Pair = tuple[str, str, str]
 """A stratum, a run of it that failed and one that stayed healthy."""

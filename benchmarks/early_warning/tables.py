@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.early_warning.agree import AGREE
+from benchmarks.early_warning.contest import FEATURES
 from benchmarks.early_warning.curve import picture
+from benchmarks.early_warning.fates import FAILED
 from benchmarks.early_warning.judge import ALL_ROWS, RESULT
+from benchmarks.early_warning.rivals import LOSS_ALONE
 from benchmarks.early_warning.score import CLOCKS, NAMED_WITHIN
 from benchmarks.tables import ROOT, between
 
@@ -19,6 +22,8 @@ DOCS = ROOT / "docs" / "early_warning.md"
 PICTURE = ROOT / "docs" / "early_warning.svg"
 ROWS = ("new families", "new sizes and horizons", "new seeds", ALL_ROWS)
 """In the order of the tables; the first is the headline."""
+
+_FATES = ("healthy", "grey", "slow", *FAILED)
 
 Told = Mapping[str, Any]
 
@@ -41,6 +46,7 @@ def docs_with(docs: str, found: Told | None) -> str:
         "slow": lambda r: f"{ahead_table(r, 'slow')}\n\n{_PICTURE}",
         "fast": lambda r: ahead_table(r, "fast"),
         "injected": injected_table,
+        "fates": fates_table,
         "healthy": healthy_table,
         "rivals": rivals_table,
         "matched": matched_table,
@@ -78,30 +84,32 @@ def headline(found: Told) -> Told:
 
 
 def short_table(found: Told) -> str:
-    """Three clocks, the false alarms, and the rivals that come nearest, on the headline row."""
+    """The headline row: slow and fast failures by kind, injected faults, false alarms, and how far others come."""
     name, row = rows_of(found)[0]
-    lines = _table(
-        ["failures", "runs", "warned before the loss is 10 % worse", "2.5 % worse", "mean lead share", "right family"],
-        [
-            [
-                clock,
-                row[clock]["all"]["runs"],
-                _recall(row[clock]["all"]["material"]),
-                _recall(row[clock]["all"]["strict"]),
-                _share(row[clock]["all"]["material"].get("mean_lead_share")),
-                _right(row[clock]["all"]["material"], "right_family", "family_known"),
-            ]
-            for clock in CLOCKS
-            if clock in row
-        ],
-    )
     models = "models of families that nothing was tuned on" if name == ROWS[0] else f"the row {name!r}"
-    told = [f"How early, on {models} ([how it is measured, by kind, and other detectors](docs/early_warning.md)):", lines]
+    lines = [
+        [
+            f"{clock}: {_plain(kind)}",
+            of_kind["runs"],
+            *(_recall(of_kind[which]) for which in ("material", "strict")),
+            _lead(of_kind["material"]),
+            _share(of_kind["material"]["mean_lead_share"]),
+            _right(of_kind["material"], "right_family", "family_known"),
+            _right(of_kind["material"], "right_diagnosis", "diagnosis_known"),
+        ]
+        for clock in CLOCKS
+        for kind, of_kind in row.get(clock, {}).items()
+    ]
+    head = ["failures", "runs", "warned before the loss is 10 % worse", "2.5 % worse", "median lead"]
+    told = [
+        f"How early, on {models} ([how it is measured, by kind, and other detectors](docs/early_warning.md)):",
+        _table([*head, "mean lead share", "right family", "right diagnosis"], lines),
+    ]
     if row["injected"]:
         i = row["injected"]["all"]
         told.append(
-            f"Injected faults, which nothing precedes: {i['within']} of {i['runs']} told within {NAMED_WITHIN} steps, "
-            f"{i['named']} by the right name."
+            f"Injected faults, which nothing precedes: {i['within']} of {i['runs']} told within {NAMED_WITHIN} "
+            f"steps, {i['named']} by the right name."
         )
     if row["healthy"]:
         h = row["healthy"]["all"]
@@ -110,7 +118,23 @@ def short_table(found: Told) -> str:
             f"({h['per_10k']:.2f} per 10,000, at most {h['per_10k_below']:.2f}), on {h['false_runs']} of {h['runs']} "
             f"runs ({h['share']:.1%}, at most {h['share_below']:.1%})."
         )
-    return "\n\n".join(told)
+    return "\n\n".join([*told, *(_nearest(row, clock) for clock in CLOCKS if clock in row)])
+
+
+def _nearest(row: Told, clock: str) -> str:
+    """The rival with the largest lead share at our budget, and what the configuration says without any signal."""
+    at_budget = {
+        name: rival["budget"][clock]["material"]["mean_lead_share"]
+        for name, rival in row["rivals"].items()
+        if rival["budget"]["possible"]
+    }
+    published = [n for n in at_budget if n not in FEATURES and n != LOSS_ALONE.name]
+    told = f"{clock.capitalize()} failures, at the same number of false alarms on the tuning split: "
+    if published:
+        best = max(published, key=lambda name: at_budget[name])
+        told += f"the best published detector ({best}) has a mean lead share of {at_budget[best]:.2f}, "
+    others = [LOSS_ALONE.name, *FEATURES]
+    return told + ", ".join(f"{n} {at_budget[n]:.2f}" for n in others if n in at_budget) + "."
 
 
 def ahead_table(found: Told, clock: str) -> str:
@@ -124,7 +148,7 @@ def ahead_table(found: Told, clock: str) -> str:
             _lead(of_kind["material"]),
             *(_share(of_kind[which].get("mean_lead_share")) for which in ("material", "strict", "cured")),
             _right(of_kind["material"], "right_family", "family_known"),
-            _right(of_kind["material"], "right_diagnosis", "runs"),
+            _right(of_kind["material"], "right_diagnosis", "diagnosis_known"),
         ]
         for row_name, row in rows_of(found)
         if row_name != ALL_ROWS
@@ -142,7 +166,7 @@ def injected_table(found: Told) -> str:
             _plain(kind),
             k["runs"],
             k["told"],
-            f"{k['within']} ({k['low']:.0%}–{k['high']:.0%})",
+            f"{k['within']} ({k['low']:.0%} to {k['high']:.0%})",
             k["named"],
             _number(k["median_delay"]),
             k["before"],
@@ -173,8 +197,8 @@ def healthy_table(found: Told) -> str:
         for row_name, row in rows_of(found)
         for line, h in row["healthy"].items()
     ]
-    head = ["row", "runs that stayed healthy", "runs", "configurations", "steps", "false warnings", "per 10,000 steps"]
-    told = [_table([*head, "false runs", "share"], lines)]
+    head = ["row", "runs that stayed healthy", "runs", "configurations", "steps", "false warnings"]
+    told = [_table([*head, "per 10,000 steps", "false runs", "share"], lines)]
     rules = [
         [row_name, f"`{rule}`", count]
         for row_name, row in rows_of(found)
@@ -190,6 +214,24 @@ def healthy_table(found: Told) -> str:
     ]
     if neither:
         told.append(_table(["row", "neither healthy nor failed", "runs", "share of all runs", "warned"], neither))
+    return "\n\n".join(told)
+
+
+def fates_table(found: Told) -> str:
+    """What runs came to at the cut of the protocol and at others."""
+    lines = [
+        [row_name, cut.removeprefix("fate at ").replace("fate", "protocol"), *(of.get(fate, 0) for fate in _FATES)]
+        for row_name, row in rows_of(found)
+        for cut, of in row["fates"].items()
+        if cut != "healthy_and_failed"
+    ]
+    told = [_table(["row", "cut", *_FATES], lines)]
+    for row_name, row in rows_of(found):
+        if row_name != ALL_ROWS and (defects := row["fates"]["healthy_and_failed"]):
+            told.append(
+                f"{row_name}: {len(defects)} runs are healthy at one cut and failed at another, which is a defect of the "
+                f"protocol: {', '.join(f'`{name}`' for name in defects)}."
+            )
     return "\n\n".join(told)
 
 
@@ -217,8 +259,8 @@ def rivals_table(found: Told) -> str:
         told.append(f"{clock.capitalize()} failures:\n\n{table}")
     for clock, dealt in row["dealt_anew"].items():
         told.append(
-            f"Alarms of another run, dealt to each {clock} failure: {dealt['failing']:.0%} hit if that run failed too, "
-            f"{dealt['all']:.0%} if it is any run; its own: {dealt['own']:.0%}."
+            f"Alarms of another run, dealt to each {clock} failure: {dealt['failing']:.0%} hit if that run failed "
+            f"too, {dealt['all']:.0%} if it is any run; its own: {dealt['own']:.0%}."
         )
     return "\n\n".join(told)
 
@@ -243,7 +285,9 @@ def matched_table(found: Told) -> str:
             for label, of_label in strata.items():
                 if of_label["pairs"]:
                     detectors = [k for k in of_label if k not in ("strata", "pairs")]
-                    aucs = [f"{a['auc']:.2f} ({a['low']:.2f}–{a['high']:.2f})" for a in map(of_label.get, detectors)]
+                    aucs = [
+                        f"{a['auc']:.2f} ({a['low']:.2f} to {a['high']:.2f})" for a in map(of_label.get, detectors)
+                    ]
                     lines.append([row_name, clock, label, of_label["strata"], of_label["pairs"], *aucs])
     return _table(["row", "clock", "pairs of runs", "strata", "pairs", *detectors], lines)
 
@@ -279,8 +323,8 @@ def made_with(found: Told) -> str:
             f"`{r['rules']}`",
             f"`{r['protocol']}`",
             r["runs"],
-            *(_recall(headline(r)[c]["all"]["material"]) if c in headline(r) else "" for c in CLOCKS),
-            *(_share(headline(r)[c]["all"]["material"]["mean_lead_share"]) if c in headline(r) else "" for c in CLOCKS),
+            *(_recall(_all(r, c)) for c in CLOCKS),
+            *(_share(_all(r, c).get("mean_lead_share")) for c in CLOCKS),
             f"{headline(r)['healthy']['all']['per_10k']:.2f}" if headline(r)["healthy"] else "",
             r["reason"],
         ]
@@ -304,7 +348,14 @@ def agree_table(found: Told) -> str:
         ]
         for r in found["runs"]
     ]
-    return _table(["run", "messages live", "the same in replay", "first warning live, step", "of the stored run"], lines)
+    head = ["run", "messages live", "the same in replay", "first warning live, step", "of the stored run"]
+    return _table(head, lines)
+
+
+def _all(found: Told, clock: str) -> Told:
+    """All kinds of a clock in the headline row, material onset; nothing where it has none."""
+    of_clock: Told = headline(found).get(clock, {})
+    return of_clock["all"]["material"] if of_clock else {}
 
 
 # -- for a terminal ----------------------------------------------------------------------------
@@ -312,9 +363,8 @@ def agree_table(found: Told) -> str:
 
 def as_text(found: Told) -> str:
     """The tables of a result that may not be published."""
-    parts = [ahead_table(found, c) for c in CLOCKS]
-    parts += [injected_table(found), healthy_table(found), rivals_table(found), matched_table(found), cures_table(found)]
-    return "\n\n".join(parts)
+    others = (injected_table, fates_table, healthy_table, rivals_table, matched_table, cures_table)
+    return "\n\n".join([*(ahead_table(found, c) for c in CLOCKS), *(table(found) for table in others)])
 
 
 # -- cells -------------------------------------------------------------------------------------
@@ -328,7 +378,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 def _recall(at: Told) -> str:
     if "warned" not in at:
         return ""
-    return f"{at['warned']} ({at['recall']:.0%}, {at['low']:.0%}–{at['high']:.0%})"
+    return f"{at['warned']} ({at['recall']:.0%}, {at['low']:.0%} to {at['high']:.0%})"
 
 
 def _lead(at: Told) -> str:
@@ -344,7 +394,7 @@ def _right(at: Told, key: str, of: str) -> str:
 def _cured(tried: Told) -> str:
     if not tried["tried"]:
         return ""
-    share = f"{tried['share']:.0%}, {tried['low']:.0%}–{tried['high']:.0%}"
+    share = f"{tried['share']:.0%}, {tried['low']:.0%} to {tried['high']:.0%}"
     return f"{tried['healthy']} of {tried['tried']} ({share})"
 
 
@@ -357,4 +407,4 @@ def _number(value: float | None) -> str:
 
 
 def _plain(kind: str) -> str:
-    return {"all": "**all**", "none": "no fault, high learning rate"}.get(kind, kind.replace("_", " "))
+    return {"all": "**all**", "none": "a variant, no fault"}.get(kind, kind.replace("_", " "))

@@ -37,7 +37,9 @@ PLAN = [
     run("vit.nan@1", "new families", kind="nan"),
 ]
 FATES = {
-    r.name: fate("degraded" if ".lr" in r.name else "healthy", configuration=r.configuration, recipe=r.recipe.digest())
+    r.name: fate(
+        "degraded" if ".lr" in r.name else "healthy", configuration=r.configuration, recipe=r.recipe.digest()
+    )
     for r in PLAN
 }
 FATES["vit.nan@1"] |= {"injected_at": 200, "kind": "nan"}
@@ -68,9 +70,9 @@ def test_hot_is_within_a_factor_of_the_lowest_that_failed_in_the_setting() -> No
 
 
 def test_runs_without_a_fate_or_of_another_recipe_are_not_judged(result: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="1 runs have no fate, such as vit.nan@1"):
+    with pytest.raises(ValueError, match="1 runs have no fate"):
         judge_runs(PLAN, PLAN, Path(), {n: f for n, f in FATES.items() if n != "vit.nan@1"}, 1)
-    with pytest.raises(ValueError, match="another recipe, such as gpt.hot@1"):
+    with pytest.raises(ValueError, match="another recipe"):
         judge_runs(PLAN, PLAN, Path(), FATES | {"gpt.hot@1": fate(recipe="old")}, 1)
 
 
@@ -139,7 +141,7 @@ def test_the_headline_comes_first_and_all_rows_are_not_a_row_of_leads(found: dic
     slow = tables.ahead_table(found, "slow")
     assert [line.split(" | ")[0] for line in slow.splitlines()[2:]] == ["| new families"] * 2 + ["| new seeds"] * 2
     seeds = cells(slow, "new seeds", "learning rate")
-    assert seeds[2:5] == ["1", "1 (100%, 2%–100%)", "1 (100%, 2%–100%)"]
+    assert seeds[2:5] == ["1", "1 (100%, 2% to 100%)", "1 (100%, 2% to 100%)"]
     assert seeds[6:9] == ["300 steps, 30% of the run", "0.50", "0.25"]
     assert cells(slow, "new families", "learning rate")[6:9] == ["", "0.00", "0.00"]
 

@@ -10,7 +10,7 @@ from benchmarks.early_warning.alarms import Alarm, events
 from benchmarks.early_warning.cures import advised, cure_rate
 from benchmarks.early_warning.fates import FAILED, protocol
 from benchmarks.early_warning.intervals import clustered
-from benchmarks.early_warning.score import LEFT, lead, lead_share, onset, right_names, score
+from benchmarks.early_warning.score import LEFT, fates_at_cuts, lead, lead_share, onset, right_names, score
 from benchmarks.early_warning.strata import (
     auc,
     dealt_anew,
@@ -25,7 +25,9 @@ CONSTANTS = protocol()
 NAMES = CONSTANTS["diagnosis"]
 
 
-def alarm(told: int, closed: int | None = None, family: str = "attention", diagnosis: str = "", **other: Any) -> Alarm:
+def alarm(
+    told: int, closed: int | None = None, family: str = "attention", diagnosis: str = "", **other: Any
+) -> Alarm:
     return Alarm(told - 1, told, closed, "warning", other.pop("rule", "a rule"), family, diagnosis, **other)
 
 
@@ -39,7 +41,9 @@ def fate(told: str = "healthy", **other: Any) -> dict[str, Any]:
     return found | other
 
 
-def twin(run: str = "twin", ended: str = "healthy", *, works: bool = True, material: int | None = None) -> dict[str, Any]:
+def twin(
+    run: str = "twin", ended: str = "healthy", *, works: bool = True, material: int | None = None
+) -> dict[str, Any]:
     return {"run": run, "fate": ended, "works": works, "material": material, "strict": None}
 
 
@@ -158,6 +162,25 @@ def test_an_injected_fault_has_a_delay_and_a_name() -> None:
         assert (found["within"], found["named"], found["before"]) == (within, right, before)
 
 
+def test_fates_are_told_at_other_cuts_and_defects_by_name() -> None:
+    fates = {
+        "sure": fate(**{"fate_at_0.05": "healthy", "fate_at_0.2": "healthy"}),
+        "defect": fate("spiked", **{"fate_at_0.05": "spiked", "fate_at_0.2": "healthy"}),
+        "grey": fate("grey", **{"fate_at_0.05": "degraded", "fate_at_0.2": "grey"}),
+    }
+    found = fates_at_cuts(fates, fates)
+    assert found["healthy_and_failed"] == ["defect"]
+    assert found["fate"] == {"healthy": 1, "spiked": 1, "grey": 1}
+    assert found["fate at 0.2"] == {"healthy": 2, "grey": 1}
+
+
+def test_a_diagnosis_counts_where_an_answer_is_known() -> None:
+    fates = {"variant": fate("degraded", kind="none"), "fault": fate("degraded", kind="epsilon")}
+    told = {n: [alarm(100, diagnosis="epsilon regime")] for n in fates}
+    at = score(fates, told, NAMES)["slow"]["all"]["material"]
+    assert (at["right_diagnosis"], at["diagnosis_known"]) == (1, 1)
+
+
 # -- matched strata ----------------------------------------------------------------------------
 
 
@@ -227,7 +250,7 @@ def test_cure_rate_counts_twins_that_were_trained() -> None:
         "unwarned": fate("degraded", cures={"lower_lr": twin()}),
     }
     warned = [alarm(100, change=("model.query_key_norm",))]
-    found = cure_rate(fates, {n: warned for n in fates} | {"unwarned": []}, CONSTANTS["remedy"])["slow"]
+    found = cure_rate(fates, dict.fromkeys(fates, warned) | {"unwarned": []}, CONSTANTS["remedy"])["slow"]
     assert (found["advice"]["healthy"], found["advice"]["tried"]) == (1, 2)
     third = "a third of the learning rate"
     assert (found[third]["healthy"], found[third]["tried"]) == (2, 3)
