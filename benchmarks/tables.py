@@ -48,7 +48,7 @@ def between(text: str, name: str, table: str) -> str:
 
     Example:
         >>> between("<!-- a: how -->\nold\n<!-- end of a -->", "a", "new")
-        '<!-- a: how -->\\nnew\\n<!-- end of a -->'
+        '<!-- a: how -->\nnew\n<!-- end of a -->'
     """
     found, count = re.subn(
         rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)",

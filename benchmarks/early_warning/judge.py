@@ -20,7 +20,7 @@ from benchmarks.early_warning.fates import FAILED, PROTOCOL, protocol
 from benchmarks.early_warning.rivals import LOSS_ALONE
 from benchmarks.early_warning.score import Fates, score
 from benchmarks.early_warning.seen import Seen, config_of, look_at_all
-from benchmarks.early_warning.strata import dealt_anew, first_alarm, matched
+from benchmarks.early_warning.strata import dealt_anew, first_alarm, known_before, matched
 from benchmarks.early_warning.zoo import Run
 from benchmarks.machine import machine
 
@@ -88,7 +88,7 @@ def _row(
     risks = {
         "ours": first_alarm(ours),
         LOSS_ALONE.name: first_alarm(loss),
-        **{name: (lambda run, _, of=by_run: of[run]) for name, by_run in probability.items()},
+        **{name: known_before(by_run) for name, by_run in probability.items()},
     }
     return {
         **score(fates, ours, constants["diagnosis"], hot),

@@ -133,9 +133,7 @@ def false_alarms(names: Sequence[str], fates: Fates, alarms: Mapping[str, Sequen
 
 
 def fates_at_cuts(names: Iterable[str], fates: Fates) -> dict[str, Any]:
-    """How many runs came to what, at the cut of the protocol and at others, and which are healthy at one and failed at
-    another: those are a defect of the protocol.
-    """
+    """How many runs came to what at which cut; a defect of the protocol is healthy at one and failed at another."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     defects = []
     for name in names:
@@ -148,7 +146,7 @@ def fates_at_cuts(names: Iterable[str], fates: Fates) -> dict[str, Any]:
 
 
 def onset(told: Told, which: str) -> int | None:
-    """Step of the failure: ``material``, ``strict``, or ``cured``, the first seen from a cured twin if there is one."""
+    """Step of the failure: ``material``, ``strict``, or ``cured``, the first one that a cured twin shows."""
     if which != "cured":
         return None if told[which] is None else int(told[which])
     seen = [c["material"] for c in told["cures"].values() if c["works"] and c["material"] is not None]

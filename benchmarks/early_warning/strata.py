@@ -54,6 +54,11 @@ def first_alarm(alarms: Alarms) -> Risk:
     return risk
 
 
+def known_before(by_run: Mapping[str, float]) -> Risk:
+    """What is held against a run at every step alike."""
+    return lambda name, by: by_run[name]
+
+
 def auc(pairs: Sequence[Pair], fates: Fates, risk: Risk) -> dict[str, float]:
     """Share of pairs in which more is held against the run that fails, at its material onset; ties count half."""
     won = []

@@ -229,8 +229,8 @@ def fates_table(found: Told) -> str:
     for row_name, row in rows_of(found):
         if row_name != ALL_ROWS and (defects := row["fates"]["healthy_and_failed"]):
             told.append(
-                f"{row_name}: {len(defects)} runs are healthy at one cut and failed at another, which is a defect of the "
-                f"protocol: {', '.join(f'`{name}`' for name in defects)}."
+                f"{row_name}: {len(defects)} runs are healthy at one cut and failed at another, which is a defect of "
+                f"the protocol: {', '.join(f'`{name}`' for name in defects)}."
             )
     return "\n\n".join(told)
 

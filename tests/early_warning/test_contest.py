@@ -97,6 +97,14 @@ def test_configuration_alone_is_fitted_on_fates_and_speaks_at_step_0() -> None:
     assert (found["healthy"]["false_runs"], found["slow"]["material"]["mean_lead_share"]) == (0, 1.0)
 
 
+def test_what_has_no_clear_fate_teaches_nothing() -> None:
+    seen, fates, configs = split(0)
+    learned = Fitted.on(seen, fates, configs)
+    unclear = {"grey": fate("grey"), "lags": fate("slow"), "nan": fate("diverged", injected_at=200, clock="injected")}
+    more = seen | {n: Seen([alarm(5)], {NAME: scores(9.0)}) for n in unclear}
+    assert Fitted.on(more, fates | unclear, configs | dict.fromkeys(unclear, config(1e-3))) == learned
+
+
 def test_differences_are_paired() -> None:
     fates = {"a": fate("degraded", configuration="a"), "b": fate("degraded", configuration="b")}
     ours = {"a": [alarm(300)], "b": [alarm(150)]}
