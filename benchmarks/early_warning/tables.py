@@ -230,7 +230,7 @@ def fates_table(found: Told) -> str:
         if row_name != ALL_ROWS and (defects := row["fates"]["healthy_and_failed"]):
             told.append(
                 f"{row_name}: {len(defects)} runs are healthy at one cut and failed at another, which is a defect of "
-                f"the protocol: {', '.join(f'`{name}`' for name in defects)}."
+                "the protocol; the results name them under `healthy_and_failed`."
             )
     return "\n\n".join(told)
 

@@ -157,7 +157,10 @@ def test_every_table_has_as_many_cells_as_its_head(found: dict[str, Any]) -> Non
         assert len({line.replace("\\|", "").count("|") for line in rows}) == 1, rows[0]
 
 
-def test_tables_are_written_once_and_taken_away_without_a_result(found: dict[str, Any]) -> None:
+def test_tables_are_written_once_and_taken_away_without_a_result(
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "AGREE", tmp_path / "none.json")
     docs = tables.docs_with(tables.DOCS.read_text(), found)
     assert tables.docs_with(docs, found) == docs
     assert tables.PICTURE.name in docs
