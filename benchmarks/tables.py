@@ -37,12 +37,28 @@ def _percent(measured: dict[str, float] | None) -> str:
 def with_tables(readme: str) -> str:
     """``readme`` with its generated tables brought up to date."""
     table = overhead_table(json.loads(OVERHEAD.read_text()))
-    return re.sub(
-        r"(<!-- overhead: [^\n]*-->\n).*?(\n<!-- end of overhead -->)",
-        lambda match: match.group(1) + table + match.group(2),
-        readme,
+    return between(readme, "overhead", table)
+
+
+def between(text: str, name: str, table: str) -> str:
+    r"""``text`` with ``table`` between the markers of that name.
+
+    Raises:
+        ValueError: If they are not there just once.
+
+    Example:
+        >>> between("<!-- a: how -->\nold\n<!-- end of a -->", "a", "new")
+        '<!-- a: how -->\nnew\n<!-- end of a -->'
+    """
+    found, count = re.subn(
+        rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)",
+        lambda match: match.group(1) + (table + "\n" if table else "") + match.group(2),
+        text,
         flags=re.DOTALL,
     )
+    if count != 1:
+        raise ValueError(f"expected one place marked {name!r}, found {count}")
+    return found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.early_warning import tables as early_warning
+from benchmarks.early_warning.agree import AGREE
+from benchmarks.early_warning.fates import protocol
+from benchmarks.early_warning.judge import RESULT, protocol_digest
+from benchmarks.early_warning.zoo import zoo
 from benchmarks.tables import OVERHEAD, with_tables
 from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rule_set import RuleSet
@@ -40,6 +45,37 @@ def test_the_budget_is_kept_where_the_readme_says_so() -> None:
 def test_tables_of_the_readme_are_those_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text()
     assert readme == with_tables(readme), "run python -m benchmarks.tables"
+
+
+def test_early_warning_was_judged_with_todays_rules_and_protocol() -> None:
+    """Before the first result there is no file; once there is one, it has to be that of what is published."""
+    if not RESULT.exists():
+        return
+    found = json.loads(RESULT.read_text())
+    assert found["rules"] == RuleSet(default_rules()).digest(), "judge --split reporting again, with a reason"
+    assert found["protocol"] == protocol_digest(), "judge fates and the reporting split again, with a reason"
+    assert found["rows"].keys() & {run.row for run in zoo(protocol(), "reporting")}, "this is another split"
+    first = [*found["history"], found][0]
+    assert first["reason"] == "the first result"
+
+
+def test_early_warning_live_and_replay_agreed_with_todays_rules() -> None:
+    if AGREE.exists():
+        found = json.loads(AGREE.read_text())
+        assert found["rules"] == RuleSet(default_rules()).digest(), "run python -m benchmarks.early_warning agree"
+        assert all(run["same_in_replay"] for run in found["runs"])
+
+
+def test_tables_and_picture_of_early_warning_are_those_of_the_result() -> None:
+    """Without a result they are empty."""
+    found = early_warning.result()
+    again = "run python -m benchmarks.early_warning tables"
+    readme, docs = (ROOT / "README.md").read_text(), early_warning.DOCS.read_text()
+    assert readme == early_warning.readme_with(readme, found), again
+    assert docs == early_warning.docs_with(docs, found), again
+    assert early_warning.PICTURE.exists() == (found is not None), again
+    if found is not None:
+        assert early_warning.PICTURE.read_text() == early_warning.picture(early_warning.headline(found)), again
 
 
 def test_readme_quotes_the_benchmark() -> None:

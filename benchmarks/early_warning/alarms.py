@@ -1,20 +1,15 @@
-"""What rules, ours or others', told of a stored run, and when a person would have known."""
+"""Our alarms: events that reached WARNING, and when a person would have known."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from traindiag.alerts.alert import Alert
 from traindiag.engine.judge import BATCH
-from traindiag.playback.replay import replay
 from traindiag.record.catalogue import BY_NAME
 from traindiag.rules.default_pack import default_rules
-from traindiag.rules.rule import Rule
 from traindiag.rules.rule_set import RuleSet
 
 COUNTS = ("warning", "critical")
@@ -32,6 +27,7 @@ class Alarm:
         rule: Name of the rule that opened it.
         family: Family that it names.
         diagnosis: Failure that it names, empty for none.
+        change: Settings that its first remedy changes.
     """
 
     step: int
@@ -41,6 +37,7 @@ class Alarm:
     rule: str
     family: str
     diagnosis: str
+    change: tuple[str, ...] = ()
 
     def open_at(self, onset: int) -> bool:
         """Whether it was told by ``onset`` and was not over before."""
@@ -65,6 +62,7 @@ def events(alerts: Sequence[Alert]) -> list[Alarm]:
                     alert.rule,
                     alert.family,
                     getattr(alert, "diagnosis", ""),
+                    tuple(alert.remedies[0].change) if alert.remedies else (),
                 )
             else:
                 found[alert.id] = _with(known, severity=alert.severity)
@@ -83,24 +81,6 @@ def _with(alarm: Alarm, **changes: Any) -> Alarm:
     return Alarm(**{**alarm.__dict__, **changes})
 
 
-def judge_run(folder: Path, rules: Sequence[Rule] | None = None) -> list[Alarm]:
-    """Alarms of one stored run under the default pack or under other rules."""
-    return events(replay(folder, rules).alerts)
-
-
-def judge_folder(runs: Path, names: Sequence[str], jobs: int = 2) -> dict[str, list[Alarm]]:
-    """Alarms of many stored runs under the default pack, by name of the run."""
-    with ProcessPoolExecutor(jobs) as pool:
-        found = pool.map(judge_run, [runs / "logs" / name for name in names], chunksize=8)
-        return dict(zip(names, found))
-
-
 def pack_digest() -> str:
     """What the numbers were made with."""
     return RuleSet(default_rules()).digest()
-
-
-def read_fates(path: Path) -> dict[str, dict[str, Any]]:
-    """By name of the run."""
-    told: Mapping[str, Any] = json.loads(path.read_text())
-    return dict(told["runs"])

@@ -77,8 +77,8 @@ class Rival:
 
     def fires(self, series: Mapping[str, Readings], config: Config, *, limit: float = 1.0) -> list[int]:
         """Steps at which an alarm opens: the score reaches the limit, and did not at the step judged before."""
-        openings = _openings(self.scores(series, config), limit)
-        return openings[:1] if self.once else openings
+        found = openings(self.scores(series, config), limit)
+        return found[:1] if self.once else found
 
 
 def _in_order(readings: Readings) -> list[tuple[int, float]]:
@@ -86,7 +86,8 @@ def _in_order(readings: Readings) -> list[tuple[int, float]]:
     return sorted((int(step), float(value)) for step, value in pairs)
 
 
-def _openings(scores: Scores, limit: float) -> list[int]:
+def openings(scores: Scores, limit: float) -> list[int]:
+    """Steps at which a score reaches a limit that it did not reach at the step judged before."""
     steps, values = scores
     above = values >= limit
     before = np.concatenate([[False], above[:-1]])
@@ -466,7 +467,7 @@ class ConfigurationAlone:
 
     def fires(self, series: Mapping[str, Readings], config: Config, *, limit: float = 1.0) -> list[int]:
         """The first step, or nothing."""
-        return _openings(self.scores(series, config), limit)
+        return openings(self.scores(series, config), limit)
 
 
 def _scaled(features: Mapping[str, Callable[[float], float]], config: Config) -> list[float]:

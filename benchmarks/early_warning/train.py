@@ -45,13 +45,15 @@ def log_of(folder: Path, name: str) -> Path:
     return folder / "logs" / name
 
 
-def train(run: Run, folder: Path, *, diagnostics: bool = True) -> float:
+def train(run: Run, folder: Path, *, diagnostics: bool = True, rules: bool = False) -> float:
     """Trains one run and puts its log and its losses in place, in this order and only when it is complete.
 
     Args:
         run: What to train.
         folder: Where stored runs are.
         diagnostics: Without them there is no log: for measuring what they cost, and for looking for learning rates.
+        rules: Whether the default pack judges the run while it is trained. Runs of the zoo are trained without: what
+            is measured, and when, must not depend on what is going to be judged by it.
 
     Returns:
         Seconds.
@@ -65,7 +67,7 @@ def train(run: Run, folder: Path, *, diagnostics: bool = True) -> float:
     try:
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            losses = _losses(run, part / "log" if diagnostics else None)
+            losses = _losses(run, part / "log" if diagnostics else None, rules)
     finally:
         torch.set_flush_denormal(False)
     seconds = time.perf_counter() - began
@@ -102,7 +104,7 @@ def _header(run: Run) -> dict[str, object]:
     }
 
 
-def _losses(run: Run, log: Path | None) -> list[float | None]:
+def _losses(run: Run, log: Path | None, rules: bool) -> list[float | None]:
     recipe = run.recipe
     torch.manual_seed(run.seed)
     model = build(recipe).train()
@@ -114,14 +116,13 @@ def _losses(run: Run, log: Path | None) -> list[float | None]:
         facts["clip"] = ("norm", recipe.clip)
     watch = None
     if log is not None:
-        # without rules: what is measured, and when, must not depend on what is going to be judged by it
         watch = Diagnostics(
             model,
             optimizer,
             log,
             facts=facts,
             schedulers=[scheduler],
-            default_rules=False,
+            default_rules=rules,
             max_overhead=None,
             layout=False,
             terminal=False,
