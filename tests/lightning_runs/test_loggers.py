@@ -156,3 +156,24 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     fit([diagnostics], fast_dev_run=3, folder=tmp_path, logger=None, max_steps=-1)
     assert diagnostics.history["loss/value"].steps.tolist() == [0, 1, 2]
     assert not list(tmp_path.rglob("*"))
+
+
+class Counting(Automatic):
+    """Hands a number of its own to the diagnostics at every step."""
+
+    diagnostics: TrainingDiagnostics
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.diagnostics.log("reward/kl", float(self.global_step))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_number_of_ones_own_is_judged_by_its_name_at_every_step(tmp_path: Path) -> None:
+    """Lightning puts the module's ``log`` in the place of every callback's."""
+    rules = [Threshold("reward/kl", above=11.5, name="far")]
+    diagnostics = TrainingDiagnostics(rules=rules, max_overhead=None, terminal=False)
+    module = Counting(DropoutGPT(), Trace())
+    module.diagnostics = diagnostics
+    fit([diagnostics], steps=15, module=module, folder=tmp_path)
+    assert diagnostics.history["reward/kl"].values[:, 0].tolist() == list(range(15))
+    assert [(a.rule, a.step) for a in diagnostics.alerts if a.rule == "far"] == [("far", 12)]

@@ -32,6 +32,15 @@ class LightningHooks(DiagnosticsCallback):
     _names: Mapping[int, str]
     _losses: list[Tensor]
 
+    @property
+    def log(self) -> Callable[[str, Tensor | float], None]:
+        """Takes a number of your own for this step; every rule can judge it."""
+        return super().log
+
+    @log.setter
+    def log(self, _: object) -> None:
+        """Lightning puts the module's own ``log`` onto every callback; here that name was taken."""
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not earlier: before this hook, reading estimated_stepping_batches would restart a resumed data loader
         outlet = outlet_for(trainer, self._settings)
