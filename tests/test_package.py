@@ -100,7 +100,7 @@ def test_readme_table_is_the_generated_one() -> None:
 
 def test_readme_code_compiles() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         compile(block, "README.md", "exec")
         for name in re.findall(r"from traindiag import (.*)", block)[0].split(", "):
