@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from traindiag.record.signal import Signal
     from traindiag.rules.forecast import Forecast
     from traindiag.rules.growth import Growth
+    from traindiag.rules.loss_surge import LossSurge
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
     from traindiag.rules.resumed import OptimizerStateLost
@@ -54,6 +55,7 @@ __all__ = [
     "Growth",
     "HFTrainingDiagnostics",
     "History",
+    "LossSurge",
     "Monitor",
     "NonFinite",
     "OptimizerStateLost",
@@ -113,6 +115,7 @@ _HOMES = {
     "traindiag.rules.vanishing": ("Vanishing",),
     "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
+    "traindiag.rules.loss_surge": ("LossSurge",),
     "traindiag.rules.output_drift": ("OutputDrift",),
     "traindiag.rules.growth": ("Growth",),
 }

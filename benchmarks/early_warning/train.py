@@ -129,41 +129,43 @@ def _losses(run: Run, log: Path | None, rules: bool) -> list[float | None]:
         )
     losses: list[float | None] = []
     broken = 0
-    for step, (inputs, targets) in enumerate(batches(recipe, run.seed)):
+    try:
+        for step, (inputs, targets) in enumerate(batches(recipe, run.seed)):
+            if watch is not None:
+                watch.begin()
+            logits = model(inputs)
+            loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+            total = loss
+            if recipe.z_loss:
+                total = loss + recipe.z_loss * logits.logsumexp(-1).square().mean()
+            if step < recipe.quiet * recipe.steps:
+                total = QUIET * total
+            if recipe.fade != 1:
+                total = recipe.fade ** (step / recipe.steps) * total
+            if watch is not None:
+                watch.loss(loss)
+                watch.before_backward()
+            total.backward()
+            _spoil(recipe, step, model)
+            if watch is not None:
+                watch.gradients()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            if recipe.update_clip:
+                _clip_updates(optimizer, recipe)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            if watch is not None:
+                watch.end()
+            value = loss.item()
+            losses.append(float(f"{value:.7g}") if math.isfinite(value) else None)
+            broken += bool(broken or losses[-1] is None)
+            if broken > AFTER_NON_FINITE:
+                break
+    finally:  # of an interrupt too: hooks would stay in a process that goes on
         if watch is not None:
-            watch.begin()
-        logits = model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-        total = loss
-        if recipe.z_loss:
-            total = loss + recipe.z_loss * logits.logsumexp(-1).square().mean()
-        if step < recipe.quiet * recipe.steps:
-            total = QUIET * total
-        if recipe.fade != 1:
-            total = recipe.fade ** (step / recipe.steps) * total
-        if watch is not None:
-            watch.loss(loss)
-            watch.before_backward()
-        total.backward()
-        _spoil(recipe, step, model)
-        if watch is not None:
-            watch.gradients()
-        if recipe.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        if recipe.update_clip:
-            _clip_updates(optimizer, recipe)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        if watch is not None:
-            watch.end()
-        value = loss.item()
-        losses.append(float(f"{value:.7g}") if math.isfinite(value) else None)
-        broken += bool(broken or losses[-1] is None)
-        if broken > AFTER_NON_FINITE:
-            break
-    if watch is not None:
-        watch.finish()
+            watch.finish()
     return losses
 
 

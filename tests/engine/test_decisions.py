@@ -33,7 +33,7 @@ class Loop:
         self.model = nn.Linear(4, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
         rule = Threshold("user/number", above=1.0, critical_above=10.0, name="number")
-        settings = {"rules": [rule], "terminal": False, **settings}
+        settings = {"rules": [rule], "default_rules": False, "terminal": False, **settings}
         self.diagnostics = Diagnostics(self.model, self.optimizer, folder, **settings)
         self.ended: list[int] = []
 
@@ -100,6 +100,7 @@ def test_what_was_saved_goes_on_as_if_nothing_had_been() -> None:
         loop.optimizer,
         rules=[Threshold("user/number", above=1.0, critical_above=10.0, name="number")],
         actions=[SaveCheckpoint(lambda name: kept.update({name: loop.diagnostics.state_dict()}))],
+        default_rules=False,
         terminal=False,
     )
     loop.train(9)
@@ -232,7 +233,7 @@ def test_a_function_that_fails_is_told_once_and_the_others_are_called() -> None:
 def test_severity_of_a_default_rule_is_the_one_asked_for() -> None:
     seen = {}
     for severity in ({}, {"nonfinite": "info"}):
-        loop = Loop(severity=severity, actions=[StopTraining()])
+        loop = Loop(severity=severity, actions=[StopTraining()], default_rules=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loop.train(6, lambda at: float("nan") if at == 2 else 0.0)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tests.replay.test_live_and_replay_agree import train
 from traindiag import Settings, Threshold
 from traindiag.cli import app
+from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rules_file import OF_A_RUN, read_rules
 
 QUIET = [1.0, 1.1, 0.9, 1.0] * 10
@@ -50,7 +51,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_log_of_ours_in_words(log: Path) -> None:
     code, out, err = call("replay", log)
     assert code == 0 and err == ""
-    assert "60 steps, the last is 59; 12 rules" in out
+    assert f"60 steps, the last is 59; {len(default_rules())} rules" in out
     assert "the run itself told the same" in out
     assert "WARNING  Attention logits" in out and "what to do" in out
     assert "attention/logit_range" in out.split("signal", 1)[1]
@@ -86,14 +87,19 @@ def test_guesses_are_shown_and_corrected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("norms", "arguments", "code", "words"),
     [
-        (QUIET, (), 0, "healthy: 2 rules found nothing of severity warning or above in 40 steps"),
+        (QUIET, (), 0, "healthy: 3 rules found nothing of severity warning or above in 40 steps"),
         (JUMP, (), 0, "healthy"),
         (JUMP, ("--fail-on", "info"), 1, "1 alert of severity info or above: INFO step 40: Gradient norm jumped"),
         ([*QUIET, float("nan")], ("--fail-on", "critical"), 1, "CRITICAL step 40: The gradient is NaN"),
         ([1.0, float("nan")], (), 1, "CRITICAL step 1"),  # alerts come before a lack of evidence
         (QUIET[:30], (), 4, "not enough evidence: 30 steps were judged, at least 31 are needed"),
         (QUIET[:30], ("--min-steps", 30), 0, "healthy"),
-        (QUIET, ("--map", "grad_norm=reward/norm"), 4, "of 12 rules only 1 could be judged; the others wait for"),
+        (
+            QUIET,
+            ("--map", "grad_norm=reward/norm"),
+            4,
+            f"of {len(default_rules())} rules only 1 could be judged; the others wait for",
+        ),
         (QUIET, ("--fail-on", "nothing"), 2, ""),
     ],
 )
@@ -177,7 +183,9 @@ def test_the_settings_file_of_a_run_serves_as_it_is(tmp_path: Path) -> None:
     file = rules(tmp_path, text.replace("default_rules: false\n", ""))
     names = [rule.name for rule in read_rules(file)]
     assert sorted(names) == sorted(rule.name for rule in Settings.from_yaml(file).build_rules())
-    assert {*OF_A_RUN, "rules", "default_rules", "exclude"} == {f.name for f in fields(Settings)}
+    assert {*OF_A_RUN, "rules", "default_rules", "exclude", "severity", "silence"} == {
+        f.name for f in fields(Settings)
+    }
     with pytest.raises(ValueError, match=r"rules\.yaml:1: rule: unknown key 'rule'.*Did you mean 'rules'"):
         read_rules(rules(tmp_path, "rule: []"))
     with pytest.raises(ValueError, match="Did you mean 'nonfinite'"):

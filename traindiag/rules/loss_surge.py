@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.cell_table import CellTable
@@ -36,6 +37,8 @@ class LossSurge(Rule):
         learned: Share of the first loss that must have been learned.
         z: Robust deviations that it must stand out by.
         cooldown: Steps of rest that end the event.
+        warns_with: Signal that a run must have, or the severity is info. A critic's loss falls too, and jumps
+            whenever its target network moves.
         severity: Severity of the verdict.
         name: Name of the rule, which must be unique.
 
@@ -53,7 +56,6 @@ class LossSurge(Rule):
         'loss/value is 4.3 after 2.4: 54% of what was learned since 5.9 is gone'
     """
 
-    signals = (_LOSS,)
     patient = True  # a loss that doubles stirs, and so does the gradient of such a batch
 
     def __init__(
@@ -63,6 +65,7 @@ class LossSurge(Rule):
         learned: float = 0.25,
         z: float = 5.0,
         cooldown: int = COOLDOWN,
+        warns_with: str | None = "output/log_z",
         severity: Severity = "warning",
         name: str = "loss/surge",
     ) -> None:
@@ -71,12 +74,17 @@ class LossSurge(Rule):
         arguments.at_least(0, cooldown=cooldown)
         arguments.severity(severity)
         self.share, self.learned, self.z, self.cooldown = share, learned, z, cooldown
-        self.severity, self.name = severity, name
+        self.warns_with, self.severity, self.name = warns_with, severity, name
+        if warns_with is not None:
+            check_signal(warns_with)
+        self.signals = (_LOSS,) if warns_with is None else (_LOSS, warns_with)
+        self._earnest = warns_with is None
         self._table = CellTable(
             first=(_FIRST, np.nan), start=np.nan, recent=(_SPREAD, np.nan), count=0, calm=0, high=0, active=False
         )
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
+        self._earnest = self._earnest or self.warns_with in frame.readings
         reading = frame.readings.get(_LOSS)
         if reading is None:
             return ()
@@ -154,7 +162,7 @@ class LossSurge(Rule):
             _LOSS,
             frame.step,
             active,
-            self.severity,
+            self.severity if self._earnest else "info",
             self._table.cells[at],
             value,
             limit,
@@ -165,7 +173,8 @@ class LossSurge(Rule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"table": self._table.state_dict()}
+        return {"earnest": self._earnest, "table": self._table.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._earnest = bool(state["earnest"])
         self._table.load_state_dict(state["table"])

@@ -13,6 +13,7 @@ from traindiag.rules.asked import as_asked, check_asked
 from traindiag.rules.default_pack import default_rules as default_pack
 from traindiag.rules.forecast import Forecast
 from traindiag.rules.growth import Growth
+from traindiag.rules.loss_surge import LossSurge
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
 from traindiag.rules.resumed import OptimizerStateLost
@@ -39,6 +40,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
         StaleSecondMoment,
         OptimizerStateLost,
         OutputDrift,
+        LossSurge,
         Vanishing,
         NonFinite,
         StructuralZeros,
