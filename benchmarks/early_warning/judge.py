@@ -50,9 +50,13 @@ def read_fates(path: Path) -> dict[str, dict[str, Any]]:
 def judge_runs(plan: Sequence[Run], tuning: Sequence[Run], folder: Path, fates: Fates, jobs: int) -> dict[str, Any]:
     """Everything about the runs of ``plan`` by row, with what is learned on ``tuning``.
 
+    Cured twins that were not trained are left out and counted: without them no family is known to be right.
+
     Raises:
-        ValueError: If a run has no fate, or a control of the tuning split is missing.
+        ValueError: If any other run has no fate, or a control of the tuning split is missing.
     """
+    whole = len(plan)
+    plan = [run for run in plan if run.name in fates or not run.cure]
     wanted = list({run.name: run for run in [*tuning, *plan]}.values())
     if missing := [run.name for run in wanted if run.name not in fates]:
         raise ValueError(f"{len(missing)} runs have no fate, such as {missing[0]}: train them and judge fates first")
@@ -69,6 +73,7 @@ def judge_runs(plan: Sequence[Run], tuning: Sequence[Run], folder: Path, fates: 
         rows[ALL_ROWS] = [run.name for run in plan]
     return {
         "runs": len(plan),
+        "twins_not_trained": whole - len(plan),
         "steps": sum(run.recipe.steps for run in plan),
         "configurations": len({run.configuration for run in plan}),
         "rows": {row: _row({n: seen[n] for n in names}, fates, configs, fitted, hot) for row, names in rows.items()},
