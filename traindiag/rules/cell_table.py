@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traindiag.record.cells import Cells
-from traindiag.record.frame import BoolArray, FloatArray, Reading
+from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
+from traindiag.rules.rule import Rule, Severity, Verdict
 
 Fill = bool | int | float
 
@@ -123,3 +124,37 @@ class CellTable:
             # A window of another length belongs to other settings: it begins anew.
             if name in self._columns and np.shape(values) == self._columns[name].shape:
                 self._columns[name] = np.array(values, self._columns[name].dtype)
+
+
+def verdict_at(
+    rule: Rule,
+    kind: str,
+    frame: Frame,
+    table: CellTable,
+    reading: Reading,
+    at: int,
+    *,
+    severity: Severity,
+    value: float,
+    evidence: str,
+    limit: float | None = None,
+    others: int = 0,
+    active: bool = True,
+) -> Verdict:
+    """What ``rule`` finds at cell ``at`` of its table, with the rank that the value came from."""
+    assert table.cells is not None
+    return Verdict(
+        rule.name,
+        kind,
+        reading.signal.name,
+        frame.step,
+        active,
+        severity,
+        table.cells[at],
+        value,
+        limit,
+        others,
+        rank=table.rank(reading, at),
+        evidence=evidence,
+        cooldown=rule.cooldown,
+    )

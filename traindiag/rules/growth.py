@@ -11,7 +11,7 @@ from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.baseline import Course
-from traindiag.rules.cell_table import CellTable
+from traindiag.rules.cell_table import CellTable, verdict_at
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
 
@@ -176,20 +176,19 @@ class Growth(Rule):
             )
         else:
             evidence = f"{self.signal} is back at {number(value)}, {number(value / level)} times what it was {when}"
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "trend",
-            self.signal,
-            frame.step,
-            active,
-            severity,
-            table.cells[at],
-            value,
-            level * (self.critical_factor if critical and self.critical_factor else self.factor),
-            others,
-            rank=table.rank(reading, at),
+            frame,
+            table,
+            reading,
+            at,
+            severity=severity,
+            value=value,
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=level * (self.critical_factor if critical and self.critical_factor else self.factor),
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

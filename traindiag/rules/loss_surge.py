@@ -10,7 +10,7 @@ import numpy as np
 from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import Frame, Reading
 from traindiag.rules import arguments
-from traindiag.rules.cell_table import CellTable
+from traindiag.rules.cell_table import CellTable, verdict_at
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import number
 
@@ -155,21 +155,19 @@ class LossSurge(Rule):
         others: int = 0,
         active: bool = True,
     ) -> Verdict:
-        assert self._table.cells is not None
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "spike",
-            _LOSS,
-            frame.step,
-            active,
-            self.severity if self._earnest else "info",
-            self._table.cells[at],
-            value,
-            limit,
-            others,
-            rank=self._table.rank(reading, at),
+            frame,
+            self._table,
+            reading,
+            at,
+            severity=self.severity if self._earnest else "info",
+            value=value,
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=limit,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Rule(ABC):
     name: str
     signals: tuple[str, ...]
     """Names of the signals that it reads, checked when the run is set up."""
+    cooldown: int = COOLDOWN
+    """Steps of rest that end an event of this rule."""
     patient: bool = False
     """Whether it may see a step up to 16 steps late while nothing that is measured every step stirs: no sum is not
     finite, has doubled (and no norm has) over its recent level, or is no longer zero. Frames keep their order

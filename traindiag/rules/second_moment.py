@@ -13,7 +13,7 @@ from traindiag.record.frame import FloatArray, Frame, Reading
 from traindiag.record.run_info import RunInfo
 from traindiag.rules import arguments
 from traindiag.rules.baseline import Course
-from traindiag.rules.cell_table import CellTable
+from traindiag.rules.cell_table import CellTable, verdict_at
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
 
@@ -127,21 +127,19 @@ class StaleSecondMoment(Rule):
         others: int = 0,
         active: bool = True,
     ) -> Verdict:
-        assert self._table.cells is not None
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "threshold",
-            self.signal,
-            frame.step,
-            active,
-            self.severity,
-            self._table.cells[at],
-            value,
-            limit,
-            others,
-            rank=self._table.rank(reading, at),
+            frame,
+            self._table,
+            reading,
+            at,
+            severity=self.severity,
+            value=value,
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=limit,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.baseline import Course, Past, trained_by
-from traindiag.rules.cell_table import Fill
+from traindiag.rules.cell_table import Fill, verdict_at
 from traindiag.rules.line_fit import Floats, carried_over, robust_spread
 from traindiag.rules.rule import COOLDOWN, Direction, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
@@ -237,21 +237,19 @@ class Shift(Rule):
         others: int = 0,
         active: bool = True,
     ) -> Verdict:
-        assert self._table.cells is not None
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "shift",
-            self.signal,
-            frame.step,
-            active,
-            self.severity,
-            self._table.cells[at],
-            float(values[at]),
-            limit,
-            others,
-            rank=self._table.rank(reading, at),
+            frame,
+            self._table,
+            reading,
+            at,
+            severity=self.severity,
+            value=float(values[at]),
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=limit,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

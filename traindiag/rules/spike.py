@@ -12,6 +12,7 @@ from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import BoolArray, Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.baseline import Course, Past, trained_by
+from traindiag.rules.cell_table import verdict_at
 from traindiag.rules.line_fit import Floats
 from traindiag.rules.rule import COOLDOWN, Direction, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
@@ -222,22 +223,20 @@ class Spike(Rule):
         active: bool = True,
         climbed: int = 0,
     ) -> Verdict:
-        assert self._table.cells is not None
         worse = self.severity == "info" and self.rising is not None and climbed >= self.rising
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "spike",
-            reading.signal.name,
-            frame.step,
-            active,
-            "warning" if worse else self.severity,
-            self._table.cells[at],
-            value,
-            limit,
-            others,
-            rank=self._table.rank(reading, at),
+            frame,
+            self._table,
+            reading,
+            at,
+            severity="warning" if worse else self.severity,
+            value=value,
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=limit,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

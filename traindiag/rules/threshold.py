@@ -11,7 +11,7 @@ from traindiag.record.catalogue import check_signal
 from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.alive import idle_members
-from traindiag.rules.cell_table import CellTable
+from traindiag.rules.cell_table import CellTable, verdict_at
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
 
@@ -269,20 +269,19 @@ class Threshold(Rule):
             side = ("above" if high else "below") if count else "not yet clear of"
             evidence = f"{self.signal} is {number(value)}, {side} {number(limit)}"
             evidence += f", for {count} samples" * (count > 1) + more(others)
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "threshold",
-            self.signal,
-            frame.step,
-            active,
-            severity,
-            table.cells[at],
-            value,
-            limit,
-            others,
-            rank=table.rank(reading, at),
+            frame,
+            table,
+            reading,
+            at,
+            severity=severity,
+            value=value,
             evidence=evidence,
-            cooldown=self.cooldown,
+            limit=limit,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
 from traindiag.record.run_info import RunInfo
 from traindiag.rules import arguments
 from traindiag.rules.baseline import Course, trained_by
-from traindiag.rules.cell_table import CellTable
+from traindiag.rules.cell_table import CellTable, verdict_at
 from traindiag.rules.line_fit import Floats, carried_over, robust_spread
 from traindiag.rules.rule import COOLDOWN, Direction, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
@@ -261,21 +261,18 @@ class Trend(Rule):
         others: int = 0,
         active: bool = True,
     ) -> Verdict:
-        assert self._table.cells is not None
-        return Verdict(
-            self.name,
+        return verdict_at(
+            self,
             "trend",
-            self.signal,
-            frame.step,
-            active,
-            self.severity,
-            self._table.cells[at],
-            float(values[at]),
-            None,
-            others,
-            rank=self._table.rank(reading, at),
+            frame,
+            self._table,
+            reading,
+            at,
+            severity=self.severity,
+            value=float(values[at]),
             evidence=evidence,
-            cooldown=self.cooldown,
+            others=others,
+            active=active,
         )
 
     def state_dict(self) -> dict[str, Any]:
