@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from traindiag.record.signal import Signal
+from traindiag.record.stability_signals import STABILITY
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
 _TRAINCHECK = "an invariant of correct training, as in TrainCheck (Jiang et al., OSDI 2025)"
@@ -333,6 +334,7 @@ SIGNALS: tuple[Signal, ...] = (
         formula="[max over ranks of a checksum != its min]",
         source=_TRAINCHECK,
     ),
+    *STABILITY,
 )
 
 BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}
