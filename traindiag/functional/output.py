@@ -276,7 +276,7 @@ def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _of_tokens(logits: Tensor, target: Tensor | None) -> tuple[Tensor, ...]:
-    """Log Z, mean, target z-score, whether it has one, overconfidence, largest logit, largest negated logit; each ``[n]``."""
+    """Log Z, mean, target z-score, whether it has one, overconfidence, extremes; each ``[n]``."""
     # one pass each: aminmax and var_mean along an axis take ten times as long on a CPU
     smallest, largest, mean = logits.amin(-1), logits.amax(-1), logits.mean(-1)
     log_z = logits.logsumexp(-1)

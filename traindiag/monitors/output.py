@@ -30,7 +30,8 @@ _UNLESS_RULED_OUT = ("logit_min", "logit_mean", "target_z_score")
 
 
 class OutputMonitor(Monitor):
-    """``output/log_z`` and its largest absolute value, ``z_loss``, the level of the logits, ``target_z_score`` and ``overconfidence``.
+    """``output/log_z`` and its largest absolute value, ``z_loss``, the level of the logits, ``target_z_score`` and
+    ``overconfidence``.
 
     Logits and targets are those of the cross-entropy calls that train. Where a fused loss never builds logits, they
     are computed for the tokens looked at, from the hidden states and the weight that it was given. A call under
