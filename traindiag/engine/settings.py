@@ -120,7 +120,7 @@ class Settings:
         defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
         own = {m.name for m in self.monitors}
         kept = [m for m in defaults if not (m.name in own or self._excluded(m.family) or self._excluded(m.name))]
-        return [*kept, *self.monitors]
+        return [*kept, *self.monitors, *(c for m in self.monitors for c in m.companions())]
 
     def build_rules(self) -> list[Rule]:
         """Default rules that are neither excluded nor silenced, then the user's."""
