@@ -301,8 +301,7 @@ class StabilityGap(ActiveMonitor):
         self._take(step, means, value.sums["count"])
         readings += self._gaps()
         readings += [
-            Reading.scalar(BY_NAME[f"stability/{name}"], number)
-            for name, number in self.continual.summary().items()
+            Reading.scalar(BY_NAME[f"stability/{name}"], number) for name, number in self.continual.summary().items()
         ]
         if (pulls := states.get("pulls")) is not None:
             readings += _pulled(pulls)

@@ -304,7 +304,19 @@ class Gap:
             if self._good >= RECOVERS_IN_A_ROW and self.recovery is None:
                 self.recovery = self._good_since
 
-    _PLAIN = ("evaluations", "depth", "trough", "opened", "recovery", "likely", "area", "age", "_bad", "_good", "_good_since")
+    _PLAIN = (
+        "evaluations",
+        "depth",
+        "trough",
+        "opened",
+        "recovery",
+        "likely",
+        "area",
+        "age",
+        "_bad",
+        "_good",
+        "_good_since",
+    )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, the arguments included."""

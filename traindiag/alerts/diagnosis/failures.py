@@ -29,6 +29,7 @@ from traindiag.alerts.diagnosis.optimizer import (
 )
 from traindiag.alerts.diagnosis.output import OutputLogitDivergence
 from traindiag.alerts.diagnosis.resume import LostOptimizerState
+from traindiag.alerts.diagnosis.stability import Forgetting, StabilityGap
 from traindiag.alerts.diagnosis.wiring import (
     FrozenChanges,
     NoGradient,
@@ -46,6 +47,8 @@ FAILURES: tuple[Failure, ...] = (
     LowPrecisionOverflow(),
     NonFiniteValues(),
     SkippedUpdates(),
+    StabilityGap(),
+    Forgetting(),
     InheritedLogits(),
     LearningRateRaised(),
     AttentionLogitGrowth(),
