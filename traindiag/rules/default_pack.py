@@ -360,7 +360,7 @@ def described_rules() -> list[Described]:
         ),
         Described(
             LossSurge(),
-            "a loss that gives back a third of what was learned in one step",
+            "a loss that gives back nearly half of what was learned in one step",
             _TUNING,
         ),
         Described(
