@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
+    from traindiag.monitors.stability_gap import StabilityGap
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
+    from traindiag.rules.stability import TaskGap
     from traindiag.rules.threshold import Threshold
     from traindiag.rules.trend import Trend
     from traindiag.rules.vanishing import Vanishing
@@ -73,8 +75,10 @@ __all__ = [
     "Shift",
     "Signal",
     "Spike",
+    "StabilityGap",
     "StaleSecondMoment",
     "StopTraining",
+    "TaskGap",
     "Threshold",
     "TrainingAlert",
     "TrainingDiagnostics",
@@ -97,6 +101,7 @@ _HOMES = {
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.monitors.stability_gap": ("StabilityGap",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
@@ -110,6 +115,7 @@ _HOMES = {
     "traindiag.rules.rule": ("Rule", "Verdict"),
     "traindiag.rules.shift": ("Shift",),
     "traindiag.rules.spike": ("Spike",),
+    "traindiag.rules.stability": ("TaskGap",),
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),

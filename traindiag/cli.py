@@ -65,8 +65,14 @@ def signals(
     console.print(rules_table(described_rules()))
 
 
-@app.command()
+demos = typer.Typer(invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(demos, name="demo")
+_DEMO_LOGS = typer.Option(help="Where a folder for this run is made.")
+
+
+@demos.callback()
 def demo(
+    context: typer.Context,
     healthy: Annotated[bool, typer.Option("--healthy", help="Train the same model well; it stays silent.")] = False,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Peak learning rate [default: too high].")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
@@ -75,9 +81,14 @@ def demo(
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="LayerNorm on queries and keys.")] = False,
     z_loss: Annotated[float, typer.Option(min=0.0, help="Weight of the z-loss, 1e-4 is usual.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the data.")] = 0,
-    log_dir: Annotated[Path, typer.Option(help="Where a folder for this run is made.")] = Path("traindiag-demo"),
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
 ) -> None:
-    """Train a small Transformer on Python's own source at too high a learning rate, and be warned."""
+    """Train a small Transformer on Python's own source at too high a learning rate, and be warned.
+
+    Or choose another demo below.
+    """
+    if context.invoked_subcommand is not None:
+        return
     if healthy and lr is not None:
         raise typer.BadParameter("--healthy chooses the learning rate itself; leave out --lr or --healthy")
     from traindiag.demo.run import HEALTHY_LR, UNSTABLE_LR, Settings
@@ -96,6 +107,21 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     show(settings, log_dir)
+
+
+@demos.command()
+def continual(
+    replay: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of English in the second phase [default: 0.5, then 0, compared]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the data.")] = 0,
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
+) -> None:
+    """Train a small Transformer on English and then on Python, and be told what becomes of its English."""
+    from traindiag.demo.show_continual import show
+
+    show((0.5, 0.0) if replay is None else (replay,), seed, log_dir)
 
 
 _RULES = typer.Option(

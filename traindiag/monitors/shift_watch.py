@@ -1,4 +1,4 @@
-"""When training becomes another one: what the user marks, and what shows in loss, learning rate, optimizer and data."""
+"""When training becomes another one: what is marked, and what shows in loss, learning rate, optimizer and data."""
 
 from __future__ import annotations
 
@@ -169,17 +169,16 @@ class _Rate:
         self._warming = True
 
     def jumps(self, rate: float) -> bool:
-        before = self._recent[-1] if self._recent else None
-        if before is not None and rate < before:
+        """Takes the rate of the next update; whether it has jumped."""
+        before = self._recent[-1] if self._recent else rate
+        if self._warming and rate <= before and len(self._recent) > 1:
             self._warming = False
+            self._recent = deque([before], RISES_WITHIN)  # where the climb began is no level
         lowest = min(self._recent, default=rate)
         self._recent.append(rate)
-        # a rate that has climbed to its peak stays there: the next rise is another one
-        self._warming = self._warming and not (before is not None and rate == before and len(self._recent) > 2)
         if self._warming or not rate > RISES * lowest * (1 + 1e-6):
             return False
-        self._recent.clear()
-        self._recent.append(rate)
+        self._recent = deque([rate], RISES_WITHIN)
         self._warming = True  # the rest of this climb belongs to it
         return True
 

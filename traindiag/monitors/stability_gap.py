@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -384,7 +384,7 @@ def _check(
             raise TypeError(f"the name of a task must be a text, got {name!r}")
         if isinstance(loader, (str, bytes)) or not isinstance(loader, Iterable):
             raise TypeError(f"tasks[{name!r}] must be a loader or another iterable of batches, got {loader!r}")
-        if hasattr(loader, "__len__") and len(loader) == 0:
+        if isinstance(loader, Sized) and len(loader) == 0:
             raise ValueError(f"the loader of task {name!r} holds no batch; expected held-out samples of the task")
     if not callable(metric):
         raise TypeError(f"metric must be a function of (model, batch) that gives (sum, count), got {metric!r}")

@@ -44,9 +44,10 @@ CALLED = 5
 """Evaluations after a shift from which on it is said what a gap is likely to become."""
 
 EARLY_DEPTH, DEPTH, EARLY = 0.11, 0.15, 8
-"""The gap before the 8th evaluation, and the depth from there on, that is likely forgetting, as parts of the baseline. In tuning runs (a
-byte-level Transformer from English to Python, digits that are rotated) rehearsal and joint training fell by 3 to 9 % at
-the 5th evaluation and 4 to 14 % in all, training on new data alone by 8 to 45 % and 13 to 54 %."""
+"""The gap before the 8th evaluation, and the depth from there on, that is likely forgetting; parts of the baseline.
+Tuning runs were a byte-level Transformer from English to Python, and digits that are rotated: rehearsal and joint
+training fell by 3 to 9 % at the 5th evaluation and 4 to 14 % in all, training on new data alone by 8 to 45 % and 13
+to 54 %."""
 
 COMES_BACK = 0.4
 """Part of the depth at which a gap is on its way back, however deep it was: losses near zero rise manifold."""
@@ -212,7 +213,7 @@ class Gap:
 
     @property
     def slope(self) -> float | None:
-        """How much worse it became from one evaluation to the next, over the first five; None before there are six."""
+        """How much worse it became from one evaluation to the next, over the first five; None before a sixth."""
         return (self._first[SLOPE] - self._first[0]) / SLOPE if len(self._first) > SLOPE else None
 
     @property
@@ -227,7 +228,7 @@ class Gap:
 
     @property
     def verdict(self) -> Verdict:
-        """What became of it: ``none`` while it has not opened, ``open`` until it has closed or reached the horizon."""
+        """What became of it: ``none`` while it has not opened, ``open`` until it has closed or is 500 steps old."""
         if self.opened is None or self.recovery is not None:
             return "none" if self.opened is None else "transient"
         return "open" if self.age < HORIZON else self.final
@@ -287,14 +288,15 @@ class Gap:
         if gap > self.depth:
             self.depth, self.trough = gap, self.age
             self._good, self.recovery = 0, None
-        self._bad = self._bad + 1 if gap > self.limit else 0
+        closed = max(RECOVERS * self.depth, OPENS_SIGMAS * self.noise, RECOVERS_POINTS if self.share else 0.0)
+        opens = self.limit if self.recovery is None else max(self.limit, closed)
+        self._bad = self._bad + 1 if gap > opens else 0
         if self.opened is None:
             if self._bad >= OPENS_IN_A_ROW:
                 self.opened = self.age
             return
         if self.recovery is not None and self._bad >= OPENS_IN_A_ROW:  # it was not the end of it
             self.recovery, self._good = None, 0
-        closed = max(RECOVERS * self.depth, OPENS_SIGMAS * self.noise, RECOVERS_POINTS if self.share else 0.0)
         if gap > closed:
             self._good = 0
         else:

@@ -22,6 +22,7 @@ from traindiag.rules.rule_set import RuleSet
 from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.shift import Shift
 from traindiag.rules.spike import Spike
+from traindiag.rules.stability import TaskGap
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.trend import Trend
 from traindiag.rules.vanishing import Vanishing
@@ -40,6 +41,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
         StaleSecondMoment,
         OptimizerStateLost,
         OutputDrift,
+        TaskGap,
         LossSurge,
         Vanishing,
         NonFinite,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from traindiag.record.cells import Cell, Cells
+from traindiag.record.cells import Cell
 from traindiag.record.continual import HORIZON, Gap
 from traindiag.record.frame import Frame, Reading
 from traindiag.rules import arguments
@@ -33,8 +33,8 @@ class TaskGap(Rule):
     passed 500 steps after the shift. It ends when it has closed, or with the next shift. Without a shift nothing is
     ever told.
 
-    Kinds of its verdicts: ``gap`` (likely to pass), ``forgetting`` (likely to stay, or found to) and ``partial`` (half
-    of it has come back at the horizon).
+    Kinds of its verdicts: ``gap`` (likely to pass) and ``likely forgetting``; at the horizon ``partial`` (half of it
+    has come back) and ``forgetting``.
 
     Args:
         points: Depth of a share (such as an accuracy) that is a warning, and one that is critical.
@@ -63,7 +63,7 @@ class TaskGap(Rule):
         >>> for step, loss in enumerate([1.5, 1.6, 1.7, 1.72, 1.74], start=100):
         ...     said = at(step, loss=loss, baseline=1.5, noise=0.002)
         >>> said[0].kind, said[0].severity
-        ('forgetting', 'warning')
+        ('likely forgetting', 'warning')
         >>> said[0].evidence.partition(": ")[2]
         '0.24 (16 %) worse than 1.5 before the shift at step 100 (python), the most so far; likely forgetting'
     """
@@ -179,8 +179,8 @@ class TaskGap(Rule):
         }
         call = verdicts.get(gap.verdict, "likely to pass" if gap.likely == "transient" else "likely forgetting")
         return (
-            f"{signal} of {task} is {number(now)}: {_size(gap.now, gap)} worse than {number(gap.baseline)} before the "
-            f"shift at step {step} ({reasons}), {worst}; {call}"
+            f"{signal} of {task} is {number(now)}: {_size(gap.now, gap)} worse than {number(gap.baseline)} before "
+            f"the shift at step {step} ({reasons}), {worst}; {call}"
         )
 
     def _over(self, frame: Frame, evidence: str) -> Verdict:
@@ -242,7 +242,7 @@ class _Call:
 def _kind(gap: Gap) -> str:
     if gap.verdict in ("partial", "forgetting"):
         return gap.verdict
-    return "forgetting" if gap.likely == "forgetting" else "gap"
+    return "likely forgetting" if gap.likely == "forgetting" else "gap"
 
 
 def _size(value: float, gap: Gap) -> str:

@@ -37,8 +37,8 @@ class StabilityGap(Failure):
                 "Do not stop for it, and do not judge the new phase before it has passed; the loss on the new data "
                 "does not show it.",
                 when="now",
-                source=f"{GAP}: performance on new and old tasks falls first and then recovers, while the loss on new "
-                "data falls all the time",
+                source=f"{GAP}: performance falls first and then recovers, while the loss on new data falls all the "
+                "time",
             )
         ]
         if _rate_rose(case):
@@ -65,7 +65,7 @@ class Forgetting(Failure):
     name = "forgetting"
     family = "stability"
     signals = ("stability/gap_depth",)
-    kinds = ("forgetting", "partial")
+    kinds = ("likely forgetting", "forgetting", "partial")
 
     def diagnose(self, case: Case) -> Finding | None:
         level = case.now("stability/baseline")
@@ -75,9 +75,10 @@ class Forgetting(Failure):
         shift = case.now("stability/shift")
         where = f" from before step {shift.step}" if shift is not None else " from before the shift"
         other = f"; a {'weak' if replay == STRONG else 'strong'} one needs {WEAK if replay == STRONG else STRONG:.0%}"
-        partly = "partly forgotten" if case.verdict.kind == "partial" else "being forgotten"
+        became = {"partial": "partly forgotten", "forgetting": "forgotten"}
+        fate = became.get(case.verdict.kind, "likely being forgotten")
         return Finding(
-            f"{case.verdict.cell} is {partly}",
+            f"{case.verdict.cell} is {fate}",
             "Nothing in the data holds on to the old task, or too little: its samples are no longer in the mixture, "
             "or their share is too small for a shift of this size.",
             _gradients(case),
@@ -119,8 +120,8 @@ def _gradients(case: Case) -> tuple[str, ...]:
     ratio, cosine = case.now("stability/gradient_ratio"), case.now("stability/gradient_cosine")
     if ratio is not None and ratio.high > VANISHED:
         found.append(
-            f"the training gradient is {number(ratio.high)} times that of {ratio.high_at} (step {ratio.step}): nothing "
-            "holds on to it"
+            f"the training gradient is {number(ratio.high)} times that of {ratio.high_at} (step {ratio.step}): "
+            "nothing holds on to it"
         )
     if cosine is not None and cosine.low < CONFLICT:
         found.append(f"it pulls against {cosine.low_at}: cosine {number(cosine.low)} (step {cosine.step})")
