@@ -6,7 +6,7 @@ back. Shifts that are found before the switch are false ones; digits, trained fo
 of another kind. Runs that are in the result file under the same rules are kept, so an interrupted benchmark goes on
 where it stopped.
 
-    python -m benchmarks.demo_continual       # writes benchmarks/results/demo_continual.json and docs/stability_gap.md
+    python -m benchmarks.demo_continual       # writes benchmarks/results/demo_continual.json, docs/stability_gap.md
 """
 
 from __future__ import annotations

@@ -76,6 +76,14 @@ class ShiftWatch(Monitor):
         """A shift begins with the step under way, or with the next one between steps."""
         self._marks[reason] = task
 
+    def forget(self) -> None:
+        """Another run begins: only what is marked for it goes on."""
+        self._found.clear()
+        self._jumps.clear()
+        self._rates.clear()
+        self._states.clear()
+        self._last = None
+
     def prepare(self, watched: Watched) -> None:
         self._optimizers = watched.optimizers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import suppress
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -182,6 +183,7 @@ class StabilityGap(ActiveMonitor):
         if self._asked >= 0:  # another run with the same monitor, such as a second fit: only its marks go on
             self._asked, self._shift = -1, None
             self._pending.clear()
+            self._watch.forget()
             self.continual = Continual(tuple(self.tasks), self.continual.higher_is_better, self._current)
         self._start = self._evaluate()
 
@@ -384,8 +386,9 @@ def _check(
             raise TypeError(f"the name of a task must be a text, got {name!r}")
         if isinstance(loader, (str, bytes)) or not isinstance(loader, Iterable):
             raise TypeError(f"tasks[{name!r}] must be a loader or another iterable of batches, got {loader!r}")
-        if isinstance(loader, Sized) and len(loader) == 0:
-            raise ValueError(f"the loader of task {name!r} holds no batch; expected held-out samples of the task")
+        with suppress(TypeError):  # a loader over a stream has a length and cannot tell it
+            if isinstance(loader, Sized) and len(loader) == 0:
+                raise ValueError(f"the loader of task {name!r} holds no batch; expected held-out samples of the task")
     if not callable(metric):
         raise TypeError(f"metric must be a function of (model, batch) that gives (sum, count), got {metric!r}")
     for what, number in (("every", every), ("samples", samples)):
