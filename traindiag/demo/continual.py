@@ -83,7 +83,7 @@ def documentation() -> tuple[Tensor, Tensor]:
 
     Example:
         >>> train, held_out = documentation()
-        >>> train.dtype, len(train) > 8 * len(held_out) / 2 > 50_000
+        >>> train.dtype, len(train) > 8 * len(held_out) > 40_000
         (torch.uint8, True)
     """
     from pydoc_data.topics import topics
