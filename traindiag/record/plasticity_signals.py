@@ -28,7 +28,7 @@ PLASTICITY_SIGNALS: tuple[Signal, ...] = (
         "plasticity/fau",
         _LAYER,
         "fraction of active units of one layer, on the same states throughout the run",
-        formula="mean over states and units of [a > 0]; smooth activations: [|phi'(a)| >= 0.02 max |phi'|], tails only",
+        formula="mean over states and units of [a > 0]; smooth ones: [a not in a tail where |phi'| < 0.02 max |phi'|]",
         worst="min",
         source=f"{_MA} section 4; the rule for smooth activations is ours",
     ),
