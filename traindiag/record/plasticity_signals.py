@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from traindiag.record.signal import Signal
 
 _MA = "Ma et al. 2024, arXiv 2310.07418"
@@ -15,7 +17,7 @@ _HASSELT = "van Hasselt et al. 2018, arXiv 1812.02648"
 _LAYER = ("module", "layer")
 _MODULE = ("module",)
 
-PLASTICITY_SIGNALS: tuple[Signal, ...] = (
+_SIGNALS: tuple[Signal, ...] = (
     Signal(
         "plasticity/updates",
         _MODULE,
@@ -28,7 +30,7 @@ PLASTICITY_SIGNALS: tuple[Signal, ...] = (
         "plasticity/fau",
         _LAYER,
         "fraction of active units of one layer, on the same states throughout the run",
-        formula="mean over states and units of [a > 0]; smooth ones: [a not in a tail where |phi'| < 0.02 max |phi'|]",
+        formula="mean over states and units of [a > 0]; smooth ones: [a in no tail where |phi'| < 0.02 max |phi'|]",
         worst="min",
         source=f"{_MA} section 4; the rule for smooth activations is ours",
     ),
@@ -196,3 +198,6 @@ PLASTICITY_SIGNALS: tuple[Signal, ...] = (
         source=f"{_LYLE}: plasticity by its definition",
     ),
 )
+
+PLASTICITY_SIGNALS = tuple(replace(signal, lane="active") for signal in _SIGNALS)
+"""All of them are measured by forward passes of their own."""
