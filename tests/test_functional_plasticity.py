@@ -219,7 +219,9 @@ def test_explained_variance_of_a_constant_is_zero_and_of_equal_returns_unknown()
     assert explained_variance(torch.ones(3), torch.ones(3)).total == 0
 
 
-def test_overlap() -> None:
-    a, b = torch.tensor([True, True, True, False]), torch.tensor([False, True, False, True])
-    assert overlap(a, b).item() == 0.5
-    assert overlap(a, torch.zeros(4, dtype=torch.bool)).isnan()
+@given(seed=seeds, units=st.integers(1, 30))
+def test_overlap(seed, units) -> None:
+    a, b = np.random.default_rng(seed).random((2, units)) < 0.4
+    x, y = {i for i in range(units) if a[i]}, {i for i in range(units) if b[i]}
+    found = overlap(torch.from_numpy(a), torch.from_numpy(b))
+    assert (found.common, found.smaller) == (len(x & y), min(len(x), len(y)))

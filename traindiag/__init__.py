@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
+    from traindiag.monitors.critic_plasticity import CriticPlasticity
     from traindiag.monitors.monitor import Monitor
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
@@ -49,6 +50,7 @@ __all__ = [
     "Call",
     "Cell",
     "Cells",
+    "CriticPlasticity",
     "Diagnostics",
     "Forecast",
     "Frame",
@@ -96,6 +98,7 @@ _HOMES = {
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
+    "traindiag.monitors.critic_plasticity": ("CriticPlasticity",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),

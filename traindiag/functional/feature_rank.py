@@ -30,7 +30,8 @@ def singular_values(features: Tensor) -> Tensor:
     exact = features.detach().to("cpu", torch.float64)
     if not exact.isfinite().all():
         return exact.new_full((features.shape[1],), torch.nan)
-    return torch.linalg.eigvalsh(exact.T @ exact).flip(0).clamp_min(0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(exact.T @ exact)
+    return squares.flip(0).clamp_min(0).sqrt()
 
 
 def srank(values: Tensor, delta: float = DELTA) -> Tensor:
@@ -74,5 +75,5 @@ def feature_rank(values: Tensor, states: int, epsilon: float = EPSILON) -> Tenso
         >>> feature_rank(torch.tensor([1.0, 0.05]), states=100).item()
         1.0
     """
-    above = (values / states**0.5 > epsilon).sum().to(values.dtype)
+    above: Tensor = (values / states**0.5 > epsilon).sum().to(values.dtype)
     return above.masked_fill(values.isnan().any(), torch.nan)

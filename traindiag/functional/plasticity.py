@@ -173,16 +173,23 @@ def share_of(flags: Tensor, units: UnitActivity) -> Tensor:
     return flags.to(units.active.dtype).mean().masked_fill(broken, torch.nan)
 
 
-def overlap(first: Tensor, second: Tensor) -> Tensor:
-    """How much two sets of units are the same, ``|X and Y| / min(|X|, |Y|)``, 0-d; NaN where one of them is empty.
+class Overlap(NamedTuple):
+    """How much two sets are the same, ``common / smaller``; with an empty set there is nothing to say."""
+
+    common: Tensor
+    smaller: Tensor
+
+
+def overlap(first: Tensor, second: Tensor) -> Overlap:
+    """Sizes from which ``|X and Y| / min(|X|, |Y|)`` follows, 0-d each.
 
     Args:
         first: Bool ``[units]``.
         second: The same units.
 
     Example:
-        >>> overlap(torch.tensor([True, True, False]), torch.tensor([False, True, False])).item()
+        >>> both = overlap(torch.tensor([True, True, False]), torch.tensor([False, True, False]))
+        >>> (both.common / both.smaller).item()
         1.0
     """
-    smaller = torch.minimum(first.sum(), second.sum())
-    return (first & second).sum() / smaller
+    return Overlap((first & second).sum(), torch.minimum(first.sum(), second.sum()))
