@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from traindiag.rules.loss_surge import LossSurge
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
+    from traindiag.rules.plasticity import EarlyLoss, LostPlasticity, PlasticityPlateau
     from traindiag.rules.resumed import OptimizerStateLost
     from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.second_moment import StaleSecondMoment
@@ -52,16 +53,19 @@ __all__ = [
     "Cells",
     "CriticPlasticity",
     "Diagnostics",
+    "EarlyLoss",
     "Forecast",
     "Frame",
     "Growth",
     "HFTrainingDiagnostics",
     "History",
     "LossSurge",
+    "LostPlasticity",
     "Monitor",
     "NonFinite",
     "OptimizerStateLost",
     "OutputDrift",
+    "PlasticityPlateau",
     "Preflight",
     "Raise",
     "Reading",
@@ -116,6 +120,7 @@ _HOMES = {
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.plasticity": ("EarlyLoss", "LostPlasticity", "PlasticityPlateau"),
     "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
     "traindiag.rules.loss_surge": ("LossSurge",),
