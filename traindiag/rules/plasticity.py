@@ -62,9 +62,9 @@ class EarlyLoss(_ByModule):
     A fraction of active units that falls early and does not recover ends in a network that cannot be trained any
     more, and measures that work before the fall do not work after it; a slow decline late in training is harmless
     (Ma et al. 2024, arXiv 2310.07418 section 5). So it speaks where the mean over the last ``window`` looks has been
-    below ``left`` of the first one for ``persistence`` looks in a row, is not recovering, and came there early: in the
-    first ``early`` of the run, or, where its length is not known, before it ever kept ``healthy`` of the first value
-    on a plateau.
+    below ``left`` of the first one for ``persistence`` looks in a row, is not recovering, and came there early: in
+    the first ``early`` of the run, or, where its length is not known, before it ever kept ``healthy`` of the first
+    value on a plateau.
 
     It is critical where another sign of the panel speaks too, and a warning alone: the fraction of active units is an
     upper limit on what is left, and no signal of this family is right in every environment (Lyle et al. 2023, arXiv
@@ -132,6 +132,7 @@ class EarlyLoss(_ByModule):
             others = [s for s in signs.get(module, ()) if s.kind not in ("activity", "norm")]
             severity: Severity = "critical" if others else "warning"
             limit = self.left * stages.first
+            value = level * stages.first
             evidence = (
                 f"{_FAU} is {number(value)}, {level:.0%} of the {number(stages.first)} that it was at first, for "
                 f"{known['low']} looks, and not coming back" + "".join(f"; {s.words}" for s in others)
@@ -208,6 +209,7 @@ class PlasticityPlateau(_ByModule):
             calm = stage == "plateau" and level is not None and level >= self.healthy
             self._calm[module] = self._calm.get(module, 0) + 1 if calm else 0
             if self._calm[module] >= self.persistence and level is not None and stages.first is not None:
+                value = level * stages.first
                 sign = Sign("activity", _FAU, value, self.healthy * stages.first, "")
                 evidence = (
                     f"{_FAU} stays at {number(value)}, {level:.0%} of the {number(stages.first)} that it was at first"

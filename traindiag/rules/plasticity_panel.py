@@ -28,8 +28,8 @@ DORMANT_RISE = 0.15
 """Rise of the share of dormant units over its baseline that counts. Ours; the level itself depends on the inputs."""
 
 RANK_LEFT = 0.5
-"""Share of its baseline below which a rank has collapsed. Ours; arXiv 2405.00662 section 3 finds collapse in PPO where
-ranks have fallen to a few."""
+"""Share of its baseline below which a rank has collapsed. Ours; arXiv 2405.00662 section 3 finds collapse in PPO
+where ranks have fallen to a few."""
 
 NORM_GROWN = 10.0
 """Growth of the weight norm that counts beside another sign. Measured: 15 times in a run that learns well."""
