@@ -11,7 +11,8 @@ from traindiag.capture.hidden_layers import value_heads
 from traindiag.capture.stored_states import Call, StoredStates, batch_size
 
 TARGETS = 3
-"""Sets of random targets; the full measure of arXiv 2303.01486 takes ten, and 2,000 steps for each."""
+STEPS = 300
+"""Sets of random targets and steps on each; the full measure of arXiv 2303.01486 takes ten sets and 2,000 steps."""
 
 BATCH = 256
 LEARNING_RATE = 1e-3
@@ -19,7 +20,7 @@ LEARNING_RATE = 1e-3
 
 
 def trainability(
-    module: nn.Module, first: Mapping[str, Tensor], states: StoredStates, *, steps: int = 300, seed: int = 0
+    module: nn.Module, first: Mapping[str, Tensor], states: StoredStates, *, steps: int, seed: int = 0
 ) -> Tensor | None:
     """Loss on random targets that the weights of now reach against the one that the first weights reach, 0-d.
 

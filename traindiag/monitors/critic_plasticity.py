@@ -16,6 +16,7 @@ from traindiag.capture.sandbox import sandbox
 from traindiag.capture.shadow import intercept
 from traindiag.capture.stored_states import batch_size, finite
 from traindiag.capture.torch_private import compiled_objects
+from traindiag.capture.trainability import STEPS
 from traindiag.capture.watched import Watched
 from traindiag.monitors.active import ActiveMonitor
 from traindiag.monitors.plasticity_module import SPREAD, PlasticityModule
@@ -28,7 +29,7 @@ _SIGNALS = {s.name.split("/")[1]: s for s in BY_NAME.values() if s.family == "pl
 _MAXIMUM = "q_max_abs"
 
 TRAINABILITY_EVERY = 10
-"""Looks from one training of copies to the next: it takes 1,800 small steps, a look a few forward passes."""
+"""Looks from one training of copies to the next: it takes six times ``STEPS``, a look a few forward passes."""
 
 Probe = Tensor | Sequence[Tensor]
 
@@ -55,7 +56,8 @@ class CriticPlasticity(ActiveMonitor):
         values: Whether the modules return values; or globs of those that do. A critic that returns atoms or logits of
             a distribution does not.
         trainability: Whether copies are trained on random targets at every tenth look: slow, and the only direct
-            measure. The first weights are kept for it, in checkpoints too.
+            measure. A number is that of their steps; True is 300, the source takes 2,000. The first weights are kept
+            for it, in checkpoints too.
 
     Raises:
         ValueError: If an argument is out of its range or the probe is not finite; when the run begins, if a module is
@@ -82,7 +84,7 @@ class CriticPlasticity(ActiveMonitor):
         every: int = 500,
         states: int = 1024,
         values: bool | str | Sequence[str] = True,
-        trainability: bool = False,
+        trainability: bool | int = False,
     ) -> None:
         self.module = [module] if isinstance(module, str) else list(module)
         if not self.module or not all(isinstance(m, str) for m in self.module):
@@ -102,7 +104,9 @@ class CriticPlasticity(ActiveMonitor):
         self.values: bool | list[str] = (
             [values] if isinstance(values, str) else values if isinstance(values, bool) else list(values)
         )
-        self.trainability = trainability
+        if not isinstance(trainability, int) or trainability < 0:
+            raise ValueError(f"trainability must be True, False or a number of steps, got {trainability!r}")
+        self.trainability = STEPS if trainability is True else int(trainability)
         self._modules: dict[str, PlasticityModule] = {}
         self._owners: tuple[str, ...] = ()
         self._handles: list[Callable[[], None]] = []
@@ -153,7 +157,7 @@ class CriticPlasticity(ActiveMonitor):
             limit=self.states,
             probe=self._probe_of(name),
             values=values,
-            trainability=self.trainability,
+            trainability=bool(self.trainability),
         )
         if made.given:
             _try(made)
@@ -228,7 +232,7 @@ class CriticPlasticity(ActiveMonitor):
 
     def probe(self, step: int) -> None:
         self._next = (self._updates // self.every + 1) * self.every
-        trains = self.trainability and self._looks % TRAINABILITY_EVERY == 0
+        steps = self.trainability if self._looks % TRAINABILITY_EVERY == 0 else 0
         self._looks += 1
         twins = self._twins()
         self._found = {}
@@ -236,7 +240,7 @@ class CriticPlasticity(ActiveMonitor):
             kept.module.eval()
         for name, kept in self._modules.items():
             self._add("updates", (name,), torch.tensor(float(self._updates), device=kept.device), None)
-            for metric, place, value, whole in kept.measure(twins.get(name, ()), trains=trains, seed=self._looks):
+            for metric, place, value, whole in kept.measure(twins.get(name, ()), steps=steps, seed=self._looks):
                 self._add(metric, (name, *place), value, whole)
 
     def _add(self, metric: str, place: tuple[str, ...], value: Tensor, whole: Tensor | None) -> None:

@@ -114,12 +114,12 @@ class PlasticityModule:
 
     # -- measuring ---------------------------------------------------------------------------------
 
-    def measure(self, twins: Sequence[nn.Module], *, trains: bool, seed: int) -> Found:
+    def measure(self, twins: Sequence[nn.Module], *, steps: int, seed: int) -> Found:
         """What its states show now.
 
         Args:
             twins: Modules that learn the same, whose values on the same fresh states are held against its own.
-            trains: Whether copies are trained too.
+            steps: For which copies are trained; 0 for none.
             seed: Of what is random in that.
 
         Raises:
@@ -132,8 +132,8 @@ class PlasticityModule:
             yield from self._explained()
         if len(self.fixed) >= MIN_STATES:
             yield from self._on_fixed()
-            if trains and self.first_weights:
-                ratio = trainability(self.module, self.first_weights, self.fixed, seed=seed)
+            if steps and self.first_weights:
+                ratio = trainability(self.module, self.first_weights, self.fixed, steps=steps, seed=seed)
                 if ratio is not None:
                     yield "trainability", (), ratio, None
         fresh = self.fresh if len(self.fresh) else self.fixed
