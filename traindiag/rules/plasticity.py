@@ -127,7 +127,7 @@ class EarlyLoss(_ByModule):
             known["low"] += 1
             if known["fell"] is None:
                 known["fell"] = self._is_early(frame, known["settled"])
-            if known["low"] < self.persistence or not known["fell"] or stage == "recovering":
+            if known["low"] < self.persistence or not known["fell"] or stage == "recovering" or stages.rises():
                 continue
             others = [s for s in signs.get(module, ()) if s.kind not in ("activity", "norm")]
             severity: Severity = "critical" if others else "warning"

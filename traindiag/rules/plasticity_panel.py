@@ -95,8 +95,9 @@ class PlasticityPanel:
                 sign = self._sign(signal, place, value, updates.get(place[0], 0.0))
                 if sign is not None:
                     worst.setdefault(place[0], sign)
+            seen = _seen(frame, signal)
             for module in updates:
-                sign = self._lasting(signal, module, worst.get(module), seen=signal in frame.readings)
+                sign = self._lasting(signal, module, worst.get(module), seen=module in seen)
                 if sign is not None:
                     found[module].setdefault(sign.kind, sign)
         return {module: list(signs.values()) for module, signs in found.items()}
@@ -178,6 +179,14 @@ def finite_cells(frame: Frame, signal: str) -> list[tuple[tuple[str, ...], float
     return [(tuple(map(str, reading.cells.coordinates[i])), float(reading.values[i])) for i in there]
 
 
+def _seen(frame: Frame, signal: str) -> set[str]:
+    """Modules of which a signal was measured, NaN included."""
+    reading = frame.readings.get(signal)
+    if reading is None:
+        return set()
+    return {str(reading.cells.coordinates[i][0]) for i in np.flatnonzero(reading.seen)}
+
+
 class Stages:
     """What a fraction of active units does over its looks: ``falling``, ``recovering`` or on a ``plateau``.
 
@@ -213,6 +222,13 @@ class Stages:
         if len(self.values) < self.window or not self.first:
             return None
         return sum(list(self.values)[-self.window :]) / self.window / self.first
+
+    def rises(self) -> bool:
+        """Whether the last look lies above the lowest of its window already."""
+        if len(self.values) < self.window or not self.first:
+            return False
+        recent = list(self.values)[-self.window :]
+        return recent[-1] - min(recent) > self.band * self.first
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self.first, "values": list(self.values)}
