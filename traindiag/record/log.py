@@ -47,6 +47,7 @@ class LogData:
         segments: Numbers of the segments found.
         files: Event files that were read.
         problems: What could not be read, in words.
+        repeated: What each job measured beyond the step from which a later one went on: it is not in ``history``.
     """
 
     run: RunInfo
@@ -56,6 +57,7 @@ class LogData:
     segments: tuple[int, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...]
+    repeated: tuple[History, ...] = ()
 
 
 def read_log(path: str | os.PathLike[str], run: str | None = None) -> LogData:
@@ -278,8 +280,10 @@ def _join(segments: list[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
     history = History()
     alerts: list[dict[str, Any]] = []
+    repeated: list[History] = []
     for segment in segments:
         if segment.start is not None:
+            repeated.append(_from_step(history, segment.start))
             history.rollback(segment.start - 1)
             alerts = [a for a in alerts if a["step"] < segment.start]
         for row in segment.rows:
@@ -294,4 +298,16 @@ def _join(segments: list[Segment]) -> LogData:
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
         problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        repeated=tuple(part for part in repeated if part),
     )
+
+
+def _from_step(history: History, step: int) -> History:
+    """The samples from ``step`` on."""
+    later = History(history.max_samples, history.max_bytes)
+    for series in history.values():
+        at = int(np.searchsorted(series.steps, step))
+        if at < len(series):
+            rows = series.steps[at:], series.cells, series.values[at:], series.seen[at:]
+            later.extend(series.signal, *rows, int(series.segments[at]))
+    return later
