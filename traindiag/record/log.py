@@ -89,7 +89,7 @@ def read_logs(path: str | os.PathLike[str]) -> list[LogData]:
     Raises:
         FileNotFoundError: If ``path`` does not exist.
     """
-    return sorted((_join(s) for s in read_segments(path).values()), key=lambda log: log.files[0].name)
+    return [_join(s) for s in sorted(read_segments(path).values(), key=lambda segments: segments[0].time)]
 
 
 def read_segments(path: str | os.PathLike[str]) -> dict[str, list[Segment]]:
