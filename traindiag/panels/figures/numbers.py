@@ -104,9 +104,9 @@ class Columns:
         self.first, self.last = steps[self.starts], steps[ends]
 
     @property
-    def labels(self) -> list[str]:
-        """``120`` or ``120-138``."""
-        return [str(a) if a == b else f"{a}-{b}" for a, b in zip(self.first.tolist(), self.last.tolist())]
+    def whole(self) -> bool:
+        """Whether each sample has a column of its own."""
+        return bool((self.first == self.last).all())
 
     def worst(self, values: Floats, seen: Bools, end: str) -> tuple[Floats, Floats]:
         """Worst finite value and one non-finite value of each column.

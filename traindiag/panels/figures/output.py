@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traindiag.panels.figures.content import Block, figure
-from traindiag.panels.figures.view import View, present
+from traindiag.panels.figures.view import View, labels_of, present
 
 Z = (("output/log_z", "log Z, mean", "solid"), ("output/log_z_max_abs", "|log Z|, largest", "dash"))
 LOGITS = (
@@ -51,7 +51,7 @@ def together(
         view.repeats(chart, name)
         several = len(series.cells) > 1
         for i in view.worst(series, 4):
-            where = f" at {series.cells.label(i)}" if several else ""
+            where = f" at {labels_of(series)[i]}" if several else ""
             column = series.values[:, i], series.seen[:, i]
             chart.line(label + where, series.steps, *column, colour=view.colour(k), dash=dash)
     if chart.empty:

@@ -80,7 +80,7 @@ def timeline(view: View) -> list[Block]:
             column = series.values[:, i], series.seen[:, i]
             chart.line(name, series.steps, *column, colour=view.colour(i), width=1.6, markers=len(series) < 30)
     shown = chosen(view)
-    chart.events(shown)
+    chart.events(shown, legend=True)
     chart.jobs(view.jobs)
     if chart.empty:
         return []
