@@ -176,7 +176,7 @@ def norms(view: View) -> Block | None:
     if chart.empty:
         return None
     view.dress(chart, *NORMS)
-    text = "Root mean square over tokens, of the heads with the largest logits, which grow with the product of both norms."
+    text = "Root mean square over tokens. Logits grow with the product of both; these are the heads where they did."
     return figure("query-key-norms", "Query and key norms", chart.figure(), text)
 
 

@@ -236,11 +236,9 @@ class _Page:
         key = f"f{len(self.figures)}"
         self.figures[key] = block["figure"]
         note = f"<figcaption>{text(block['note'])}</figcaption>" if block["note"] else ""
-        label = html.escape(printable(block["title"]), quote=True)
-        return (
-            f'<figure{' class="wide"' if wide else ""} id="{html.escape(prefix + block["id"])}"><h3>{text(block["title"])}</h3>{note}'
-            f'<div class="plot" role="img" aria-label="{label}" data-figure="{key}"></div></figure>'
-        )
+        kind, name = ' class="wide"' if wide else "", text(prefix + block["id"])
+        plot = f'<div class="plot" role="img" aria-label="{text(block["title"])}" data-figure="{key}"></div>'
+        return f'<figure{kind} id="{name}"><h3>{text(block["title"])}</h3>{note}{plot}</figure>'
 
     def _configuration(self) -> str:
         runs = self.report.runs
