@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import traindiag
+from traindiag.panels.report.markdown import markdown_report
+from traindiag.panels.report.page import html_page
 from traindiag.panels.report.story import LossShown, Report, ReportedRun
 from traindiag.playback.foreign import Unreadable, has_event_files
 from traindiag.playback.loss_shown import loss_story
@@ -34,6 +36,20 @@ def make_report(logdir: str | os.PathLike[str], *, title: str = "Training diagno
         runs = [_judged(run) for run in replay(path).runs]
     made = datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC")
     return Report(tuple(runs), title, made, traindiag.__version__)
+
+
+def rendered(report: Report, form: str = "html") -> str:
+    """The report as a page (``html``) or as Markdown (``md``).
+
+    Raises:
+        ModuleNotFoundError: If it is to be a page and plotly is not installed.
+        ValueError: If there is no such form.
+    """
+    if form == "html":
+        return html_page(report)
+    if form == "md":
+        return markdown_report(report)
+    raise ValueError(f"a report is written as 'html' or 'md', got {form!r}")
 
 
 def _run(name: str, log: LogData, source: str, notes: Sequence[str] = ()) -> ReportedRun:

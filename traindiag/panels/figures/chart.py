@@ -201,12 +201,12 @@ class Chart:
                 }
             )
             for step, _ in told[:MAX_MARKS] if severity != "info" else ():
-                self._upright(step, colour, "dot", 1.2)
+                self.upright(step, colour, "dot", 1.2)
 
     def jobs(self, starts: Sequence[int]) -> None:
         """A line where each later job of the run went on."""
         for step in starts[:MAX_MARKS]:
-            self._upright(step, self.colours.faint, "dash", 1)
+            self.upright(step, self.colours.faint, "dash", 1)
             self.annotations.append(
                 {
                     "x": step,
@@ -251,7 +251,8 @@ class Chart:
     def _long(self) -> bool:
         return any(t["x"] and max(t["x"]) >= 100_000 for t in self.traces)
 
-    def _upright(self, step: int, colour: str, dash: str, width: float) -> None:
+    def upright(self, step: int, colour: str, dash: str, width: float) -> None:
+        """A line over the whole height at one step."""
         self.shapes.append(
             {
                 "type": "line",

@@ -180,6 +180,37 @@ class View:
         self.dress(chart, name)
         return figure(id, title, chart.figure(), note or sentence(series.signal.summary))
 
+    def together(
+        self,
+        id: str,
+        title: str,
+        signals: Sequence[tuple[str, str, str]],
+        unit: str,
+        note: str = "",
+        *,
+        log: bool | None = False,
+    ) -> Block | None:
+        """Several signals, each ``(name, label, dash)``, in one chart: colour tells them apart, and cells by name.
+
+        With more than one cell the colour tells the cell, and the dash the signal.
+        """
+        found = [(s, label, dash) for name, label, dash in signals if (s := self.series(name)) is not None]
+        if not found:
+            return None
+        chart = self.chart(*(s.signal.name for s, _, _ in found), title=unit, log=log)
+        several = max(len(s.cells) for s, _, _ in found) > 1
+        places: dict[str, int] = {}
+        for k, (series, label, dash) in enumerate(found):
+            self.repeats(chart, series.signal.name)
+            for i in self.worst(series, 4):
+                where = labels_of(series)[i]
+                colour = places.setdefault(where, len(places)) if several else k
+                column = series.values[:, i], series.seen[:, i]
+                said = f"{where}, {label}" if several and len(found) > 1 else where if several else label
+                chart.line(said, series.steps, *column, colour=self.colour(colour), dash=dash)
+        self.dress(chart, *(s.signal.name for s, _, _ in found))
+        return figure(id, title, chart.figure(), note)
+
     def middle(self, chart: Chart, series: Series) -> None:
         """Median of all cells and the band from the smallest to the largest."""
         masked = np.ma.MaskedArray(series.values, ~(series.seen & np.isfinite(series.values)))
@@ -295,6 +326,9 @@ _TITLES = {
     "activation/max": "largest |x|",
     "activation/growth_exponent": "exponent a block",
     "loss/value": "training loss",
+    "output/log_z": "log Z",
+    "output/z_loss": "(log Z)^2",
+    "gradient/norm": "gradient norm",
 }
 
 

@@ -149,19 +149,17 @@ class _Page:
         info = run.log.run
         facts = [info.model or "", f"{info.parameters:,} parameters" if info.parameters else "", run.source]
         meta = " &middot; ".join(text(fact) for fact in facts if fact)
-        label = {"quiet": "nothing found", "info": "notes only", "unseen": "nothing measured"}.get(
-            summed.state, summed.state
-        )
-        kicker = f'<span class="pill {summed.state}">{text(label)}</span><span>{text(run.name)}</span>'
+        kicker = f'<span class="pill {summed.state}">{text(summed.label)}</span><span>{text(run.name)}</span>'
         numbers = "".join(
             f'<dl class="fact {state}"><dt>{text(title)}</dt><dd>{text(value)}</dd><dd>{text(note)}</dd></dl>'
             for title, value, note, state in summed.facts
         )
         said = "".join(f"<p>{text(sentence)}</p>" for sentence in summed.sentences)
+        said = f'<div class="sentences">{said}</div>' if said else ""
         overview = build("overview", {run.name: run.log}).blocks
         parts = [
             f'<header class="run" id="run-{at}"><div class="kicker">{kicker}</div><h1>{text(summed.headline)}</h1>'
-            f'<div class="meta">{meta}</div><div class="sentences">{said}</div></header>',
+            f'<div class="meta">{meta}</div>{said}</header>',
             f'<div class="facts">{numbers}</div>',
         ]
         for block in overview:
@@ -269,7 +267,7 @@ class _Page:
         for run, view in zip(self.report.runs, self.views):
             whose = f"{run.name}: " if len(self.report.runs) > 1 else ""
             found += [f"{whose}{note}" for note in dict.fromkeys((*view.problems, *run.notes))]
-        found += [f"Left out on request: {what}" for what in self.report.hidden]
+        found += [f"Left out on request: {', '.join(self.report.hidden)}."] if self.report.hidden else []
         if not found:
             return ""
         return _section("log", "About this log", "".join(f'<p class="trouble">{text(t)}</p>' for t in found))

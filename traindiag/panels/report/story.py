@@ -85,6 +85,12 @@ class Verdict:
     facts: tuple[tuple[str, str, str, str], ...]
     sentences: tuple[str, ...] = field(default=())
 
+    @property
+    def label(self) -> str:
+        """The state in words."""
+        words = {"quiet": "nothing found", "info": "notes only", "unseen": "nothing measured"}
+        return words.get(self.state, self.state)
+
 
 def verdict(run: ReportedRun, view: View) -> Verdict:
     """Sums a run up: first warning, when the loss showed it, when a 6-sigma rule spoke, and what was missed."""
@@ -158,7 +164,7 @@ def _length_fact(view: View) -> tuple[str, str, str, str]:
     note = "" if planned is None else f"of {planned:,} planned"
     jobs = len(view.log.segments)
     note += f"{', ' if note else ''}{jobs} jobs" if jobs > 1 else ""
-    return "Steps in the log", value, note, "quiet"
+    return "Steps in the log", value, note, "plain"
 
 
 def later(steps: int) -> str:
