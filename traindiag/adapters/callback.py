@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -42,6 +42,7 @@ class DiagnosticsCallback:
         exact: bool = False,
         layout: bool = True,
         terminal: bool = True,
+        batch_id: Callable[[Any], Any] | None = None,
         strict: bool = False,
     ) -> None:
         """Checks everything that is asked for, now and not at step 10,000.
@@ -63,6 +64,8 @@ class DiagnosticsCallback:
             exact: Whether attention maxima are always exact, at a higher cost.
             layout: Whether a custom-scalars layout is written for TensorBoard.
             terminal: Whether alerts, coverage and the summary are printed.
+            batch_id: Function from a batch to the ids of its samples, such as ``lambda batch: batch["id"]``; alerts
+                about fast failures then name them. It is called in every step, so it should not wait for the device.
             strict: Whether a fault in a monitor or a rule stops the run.
 
         Raises:
@@ -84,6 +87,7 @@ class DiagnosticsCallback:
             exact=exact,
             layout=layout,
             terminal=terminal,
+            batch_id=batch_id,
             strict=strict,
         )
         self._diagnostics: Diagnostics | None = None

@@ -26,6 +26,7 @@ from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.active import ActiveLane, Precision
 from traindiag.engine.aside import Aside
+from traindiag.engine.batches import name_batch
 from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.decisions import Decisions, Save
 from traindiag.engine.judge import BATCH, Judge
@@ -148,6 +149,7 @@ class Diagnostics:
         self._seen_gradients: set[str] = set()
         self._updated: set[str] = set()
         self._learning_rates: dict[str, float] = {}
+        self._batches: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._samples: dict[str, ParameterSample] = {}
         self._stepping: dict[str, int] = {}
@@ -308,6 +310,24 @@ class Diagnostics:
                 self._capture.open(inside)
             else:
                 self._capture.close()  # what a step that ended inside of its backward pass could not
+
+    def batch(self, batch: object, place: str = "") -> None:
+        """Tells which batch the micro-batch under way is made of, so that an alert can name it.
+
+        Args:
+            batch: Given to ``batch_id`` of the settings, if there is one.
+            place: Where it stands in the data, such as ``epoch 0, batch 12``.
+        """
+        if self._failed:
+            return
+        with self.border, self._meter:
+            label = name_batch(batch, place, self.settings.batch_id, self._no_batch_ids)
+            if label:
+                self._batches.append(label)
+
+    def _no_batch_ids(self, error: Exception) -> None:
+        self.settings = replace(self.settings, batch_id=None)
+        self._tell(f"batch_id failed and is not asked again: {describe(error)}; training goes on")
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
@@ -608,6 +628,7 @@ class Diagnostics:
         self._fast.lean, self._slow.early = self._schedule.lean and not self._sampling, False
         self._seen_gradients.clear()
         self._updated.clear()
+        self._batches.clear()
         if self._failed:
             return
         if not self._armed:
@@ -704,6 +725,7 @@ class Diagnostics:
                 learning_rates=dict(self._learning_rates),
                 seconds_per_step=self._meter.seconds_per_step,
                 early=self._early,
+                batches=tuple(self._batches),
             )
             if self._sampling:
                 costs = self._meter.recent_shares(self._schedule.cadence)
@@ -886,6 +908,10 @@ class Step:
         self._diagnostics.loss(value, optimizer)
         self._diagnostics.judge_aside()
         return value
+
+    def batch(self, batch: object, place: str = "") -> None:
+        """Tells which batch is being trained on, for ``batch_id`` of the settings; see :meth:`Diagnostics.batch`."""
+        self._diagnostics.batch(batch, place)
 
     def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:
         """Call it when gradients are complete and unscaled, before clipping."""

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from traindiag.alerts.actions import Decision
 from traindiag.alerts.alert import Alert
+from traindiag.engine.batches import BatchId
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.yaml_settings import read_settings
 from traindiag.monitors.activation import ActivationMonitor
@@ -52,6 +53,7 @@ class Settings:
         exact: Whether attention maxima are always exact.
         layout: Whether a custom-scalars layout is written for TensorBoard.
         terminal: Whether alerts, coverage and the summary are printed.
+        batch_id: Gives the ids of a batch's samples; alerts about fast failures then name them.
         strict: Whether a fault in a monitor or a rule raises instead of switching that part off.
 
     Raises:
@@ -74,6 +76,7 @@ class Settings:
     exact: bool = False
     layout: bool = True
     terminal: bool = True
+    batch_id: BatchId | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +88,8 @@ class Settings:
         for action in self.actions:
             if isinstance(action, type) or not (callable(action) or isinstance(action, Decision)):
                 raise TypeError(f"actions must be functions of an Alert, or actions such as Raise(), got {action!r}")
+        if not (self.batch_id is None or callable(self.batch_id)):
+            raise TypeError(f"batch_id must be a function from a batch to ids of its samples, got {self.batch_id!r}")
         if not self.watch:
             raise ValueError(f"watch must name at least one module, got {self.watch!r}")
         self._check_exclude()

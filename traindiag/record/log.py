@@ -148,6 +148,7 @@ class FrameFacts:
     updates: dict[str, int]
     learning_rates: dict[str, float]
     early: bool = False
+    batches: tuple[str, ...] = ()
 
 
 @dataclass
@@ -270,9 +271,10 @@ def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
             None if pace is None else float(pace),
             {name: int(count) for name, count in updates.items()},
             {name: float(rate) for name, rate in rates.items()},
-            bool(early),
+            bool(rest and rest[0]),
+            tuple(rest[1]) if len(rest) > 1 else (),
         )
-        for step, lane, at, time, pace, updates, rates, *early in chunk["rows"]
+        for step, lane, at, time, pace, updates, rates, *rest in chunk["rows"]
     ]
 
 
