@@ -198,10 +198,11 @@ def report(
     First warning, evidence, what to do, figures of each family and the configuration; and when the loss itself, or a
     rule of 6 standard deviations on it, would have told. 3: no log, or none that can be read.
     """
+    from traindiag.panels.report.page import rendered
     from traindiag.panels.report.redaction import redacted
     from traindiag.playback.check import UNREADABLE
     from traindiag.playback.foreign import Unreadable
-    from traindiag.playback.report import make_report, rendered
+    from traindiag.playback.report import make_report
 
     try:
         found = make_report(logdir, title=title)

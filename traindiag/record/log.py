@@ -35,6 +35,11 @@ from traindiag.record.series import History
 from traindiag.record.signal import Lane, Signal
 
 
+MAX_SAMPLES = 200_000
+MAX_BYTES = 256 * 2**20
+"""What is read of one run; beyond that, samples are left out where they stand closest, as in a live history."""
+
+
 @dataclass(frozen=True)
 class LogData:
     """What the log of one run holds.
@@ -280,7 +285,7 @@ def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
 
 def _join(segments: list[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
-    history = History()
+    history = History(MAX_SAMPLES, MAX_BYTES)
     alerts: list[dict[str, Any]] = []
     repeated: list[History] = []
     for segment in segments:
@@ -292,6 +297,12 @@ def _join(segments: list[Segment]) -> LogData:
             history.extend(row.signal, row.steps, row.cells, row.values, unmark(row.values), segment.number)
         alerts += segment.alerts
     infos = [s.info for s in segments if s.info is not None]
+    problems = [p for s in segments for p in s.problems]
+    problems += [
+        f"{name} has more samples than are kept in memory: of the distant past some are left out"
+        for name, series in history.items()
+        if series.thinned
+    ]
     return LogData(
         run=infos[-1] if infos else RunInfo(run_id=segments[0].run),
         history=history,
@@ -299,7 +310,7 @@ def _join(segments: list[Segment]) -> LogData:
         coverage=next((s.coverage for s in reversed(segments) if s.coverage), ()),
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
-        problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        problems=tuple(dict.fromkeys(problems)),
         repeated=tuple(part for part in repeated if part),
     )
 

@@ -146,7 +146,7 @@ def gaps_of(view: View, series: Series) -> list[Gap]:
     return found
 
 
-def _at(series: Series, place: Coordinates, first: int, last: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _at(series: Series, place: Coordinates, first: int, last: int) -> FloatArray:
     """Values of one cell from one step up to another."""
     at = series.cells.position.get(place)
     if at is None:

@@ -251,7 +251,9 @@ class View:
         series = self.series(name)
         if series is None:
             return None
-        figured = over_steps(series, rows_of(series), self.colours, scale=scale, title=axis_title(series))
+        bounds = (0.0, 1.0) if scale == "share" else None
+        rows, name = rows_of(series), axis_title(series)
+        figured = over_steps(series, rows, self.colours, scale=scale, title=name, bounds=bounds)
         return figure(id, title, figured, note or sentence(series.signal.summary))
 
 

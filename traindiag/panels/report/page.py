@@ -17,6 +17,7 @@ from traindiag.alerts.text import printable
 from traindiag.panels.figures import PANELS, Block, build
 from traindiag.panels.figures.style import PALETTES
 from traindiag.panels.figures.view import View
+from traindiag.panels.report.markdown import markdown_report
 from traindiag.panels.report.story import Report, ReportedRun, Verdict, configuration, settings_of, verdict
 
 _HERE = Path(__file__).parent
@@ -87,6 +88,20 @@ def html_page(report: Report) -> str:
             "",
         )
     )
+
+
+def rendered(report: Report, form: str = "html") -> str:
+    """The report as a page (``html``) or as Markdown (``md``).
+
+    Raises:
+        ModuleNotFoundError: If it is to be a page and plotly is not installed.
+        ValueError: If there is no such form.
+    """
+    if form == "html":
+        return html_page(report)
+    if form == "md":
+        return markdown_report(report)
+    raise ValueError(f"a report is written as 'html' or 'md', got {form!r}")
 
 
 def in_script(data: Any) -> str:

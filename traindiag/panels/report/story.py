@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from traindiag.alerts.text import number
 from traindiag.panels.figures.view import View
+from traindiag.panels.report.loss import LossStory, loss_story
 from traindiag.record.log import LogData
 
 
@@ -90,6 +91,20 @@ class Verdict:
         """The state in words."""
         words = {"quiet": "nothing found", "info": "notes only", "unseen": "nothing measured"}
         return words.get(self.state, self.state)
+
+
+def reported(name: str, log: LogData, source: str = "", notes: Sequence[str] = ()) -> ReportedRun:
+    """A run with what its loss alone would have told: the rule of 6 standard deviations is replayed over it."""
+    return ReportedRun(name, log, source, _shown(loss_story(log.history.get("loss/value"))), tuple(notes))
+
+
+def _shown(story: LossStory | None) -> LossShown | None:
+    if story is None:
+        return None
+    shown, spoke = story.shown, story.six_sigma
+    how = "became NaN or infinite" if shown is not None and shown == story.nonfinite else "rose and stayed"
+    early = sum(s < shown for s in spoke) if shown is not None else 0
+    return LossShown(story.steps, shown, how, spoke[0] if spoke else None, len(spoke), early)
 
 
 def verdict(run: ReportedRun, view: View) -> Verdict:
