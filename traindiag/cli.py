@@ -205,7 +205,7 @@ def report(
     from traindiag.playback.report import make_report
 
     try:
-        found = make_report(logdir, title=title)
+        found = make_report(logdir, title=title, version=traindiag.__version__)
     except (Unreadable, OSError) as error:
         typer.echo(f"unreadable: {error}", err=True)
         raise typer.Exit(UNREADABLE) from error

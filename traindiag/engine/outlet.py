@@ -152,13 +152,12 @@ class Outlet:
 
     def _write_report(self) -> None:
         """Nothing that goes wrong here is worth a run that has ended well."""
-        from traindiag import __version__
         from traindiag.panels.report.at_the_end import hand_to_wandb, write_report
 
         if self.folder is None:
             return
         try:
-            file = write_report(self.folder, self._run, __version__)
+            file = write_report(self.folder, self._run)
             handed = hand_to_wandb(file, self._run)
         except Exception as error:
             self.say(f"the report could not be made: {type(error).__name__}: {error}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from datetime import datetime, timezone
 
-from traindiag import __version__
 from traindiag.panels.report.story import Report, reported
 from traindiag.playback.reading import read
 
 
-def make_report(logdir: str | os.PathLike[str], *, title: str = "Training diagnostics") -> Report:
+def make_report(logdir: str | os.PathLike[str], *, title: str = "Training diagnostics", version: str = "") -> Report:
     """Reads every run at or under ``logdir``.
 
     Logs of ours are shown as their runs were told; other people's are judged by the default rules first.
@@ -20,4 +19,4 @@ def make_report(logdir: str | os.PathLike[str], *, title: str = "Training diagno
     """
     runs = tuple(reported(run.name, run.log, run.source, run.notes) for run in read(logdir).values())
     made = datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC")
-    return Report(runs, title, made, __version__)
+    return Report(runs, title, made, version)

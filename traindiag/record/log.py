@@ -34,7 +34,6 @@ from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.record.signal import Lane, Signal
 
-
 MAX_SAMPLES = 200_000
 MAX_BYTES = 256 * 2**20
 """What is read of one run; beyond that, samples are left out where they stand closest, as in a live history."""

@@ -14,13 +14,12 @@ from traindiag.record.log import read_log
 FILE = "report.html"
 
 
-def write_report(folder: str | os.PathLike[str], run: str, version: str = "") -> Path:
+def write_report(folder: str | os.PathLike[str], run: str) -> Path:
     """Writes ``report.html`` into ``folder``.
 
     Args:
         folder: Where alerts are written; the log lies there too, or in the folder above.
         run: Id of the run.
-        version: Of this package.
 
     Raises:
         ModuleNotFoundError: If plotly is not installed.
@@ -31,7 +30,7 @@ def write_report(folder: str | os.PathLike[str], run: str, version: str = "") ->
     here = target if target.exists() and any(event_files(target)) else target.parent
     log = read_log(here, run)
     name = (target.parent if target.name == "traindiag" else target).resolve().name
-    page = html_page(Report((reported(name, log, str(here)),), version=version))
+    page = html_page(Report((reported(name, log, str(here)),)))
     target.mkdir(parents=True, exist_ok=True)
     file = target / FILE
     file.write_text(page, "utf-8")
