@@ -26,7 +26,8 @@ def history(
     """Signals by name as ``(steps, cells, values [n, cells])``; a masked value was not seen."""
     made = History()
     for name, (steps, cells, table) in values.items():
-        signal = BY_NAME.get(name) or Signal(name, cells.axes, name)
+        worst = "min" if name in ("stability/value", "plasticity/fau", "plasticity/fau_pooled") else "max"
+        signal = BY_NAME.get(name) or Signal(name, cells.axes, name, worst=worst)
         seen = ~np.ma.getmaskarray(table)
         data = np.ma.getdata(table).astype(np.float32).reshape(len(steps), len(cells))
         for k, step in enumerate(steps):

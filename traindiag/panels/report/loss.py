@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from traindiag.record.series import Series
@@ -18,8 +19,8 @@ SMOOTH = 11
 """Values of a running median: a single odd batch is no trend."""
 GIVEN_BACK = 0.1
 """Share of what was learned that a loss which shows its trouble has given back."""
-NOISE = 3.0
-"""Robust deviations of the smoothed loss that it must stand out by."""
+NOISE = 8.0
+"""Deviations of the running median that it must stand out by: over thousands of values chance alone spans six."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LossStory:
         steps: Number of losses.
         nonfinite: Step of the first loss that is NaN or infinite.
         risen: Step from which on the smoothed loss stood above its lowest level by a tenth of what was learned, and
-            stayed there for as many values as it is smoothed over.
+            by more than chance, and stayed there for twice as many values as it is smoothed over.
         six_sigma: Steps at which the 6-sigma rule spoke; consecutive ones are one.
     """
 
@@ -57,7 +58,7 @@ def loss_story(series: Series | None) -> LossStory | None:
         >>> series.extend(np.arange(240), series.cells, losses, np.isfinite(losses))
         >>> story = loss_story(series)
         >>> story.risen, story.six_sigma
-        (200, (200,))
+        (200, ())
     """
     if series is None or not len(series) or not series.seen.any():
         return None
@@ -113,27 +114,24 @@ def six_sigma(losses: NDArray[np.float64], window: int = WINDOW, sigmas: float =
 
 
 def risen(losses: NDArray[np.float64]) -> int | None:
-    """Index from which on the smoothed loss stood above its lowest level for :data:`SMOOTH` values.
+    """Index from which on the smoothed loss stood above its lowest level, and stayed for twice :data:`SMOOTH` values.
 
     Args:
         losses: ``[n]``, finite.
     """
-    if len(losses) < 3 * SMOOTH:
+    hold = 2 * SMOOTH
+    if len(losses) < SMOOTH + hold:
         return None
-    windows = np.lib.stride_tricks.sliding_window_view(losses, SMOOTH)
-    smooth = np.median(windows, axis=1)  # of the value at its end and those before
+    smooth = np.median(sliding_window_view(losses, SMOOTH), axis=1)  # of the value at its end and those before
     lowest = np.minimum.accumulate(smooth)
     learned = np.maximum(smooth[0], losses[:3].max()) - lowest
-    changes = np.abs(np.diff(smooth))
-    noise = 1.4826 * float(np.median(np.abs(losses[SMOOTH - 1 :] - smooth))) / np.sqrt(SMOOTH / 2)
-    high = (smooth - lowest > GIVEN_BACK * learned) & (smooth - lowest > NOISE * noise) & (learned > 0)
-    if not changes.any():
+    deviation = 1.4826 * float(np.median(np.abs(losses[SMOOTH - 1 :] - smooth)))
+    noise = NOISE * 1.2533 * deviation / np.sqrt(SMOOTH)  # a median scatters pi / 2 times as much as a mean, squared
+    level = lowest + np.maximum(GIVEN_BACK * learned, noise)
+    stays = sliding_window_view(smooth - level, hold).min(axis=1) > 0
+    if not stays.any():
         return None
-    length = np.lib.stride_tricks.sliding_window_view(high, SMOOTH).all(axis=1)
-    found = np.flatnonzero(length)
-    if not found.size:
-        return None
-    # the median turns when half of its window has risen: the first value of that half is where it began
-    begin = int(found[0]) + SMOOTH // 2
-    level = lowest[found[0]] + GIVEN_BACK * learned[found[0]]
-    return begin + int(np.argmax(losses[begin : begin + SMOOTH] > level))
+    first = int(np.argmax(stays))
+    # the median turns when half of its window has: look there for the first loss that is as high
+    begin = first + SMOOTH // 2
+    return begin + int(np.argmax(losses[begin : begin + SMOOTH] > level[first]))
