@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from traindiag.alerts.alert import Alert, Remedy
 from traindiag.record.catalogue import BY_NAME
 from traindiag.record.cells import Cells
 from traindiag.record.coverage import Coverage
+from traindiag.record.frame import Frame, Reading
 from traindiag.record.log import LogData
+from traindiag.record.log_format import LogEncoder
 from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.record.signal import Signal
@@ -86,3 +91,45 @@ def alert(step: int = 20, **changes: Any) -> Alert:
         remedies=(Remedy("Lower the rate.", {"optimizer.lr": 0.03}, "restart", "a paper"),),
     )
     return dataclasses.replace(made, **changes)
+
+
+def write_log(
+    folder: Path,
+    steps: range,
+    *,
+    segment: int = 0,
+    run: RunInfo | None = None,
+    alerts: Sequence[Alert] = (),
+    loss: Callable[[int], float] = lambda step: 4.0 * 0.99**step + 1.0,
+    host: str = "",
+) -> Path:
+    """Writes an event file as a run would: a loss at every step, logits at every tenth, alerts at theirs."""
+    info = run or RunInfo(run_id="r1", length=len(steps))
+    encoder = LogEncoder(info.run_id, segment)
+    writer = EventFileWriter(str(folder), max_queue_size=10_000, filename_suffix=host)
+
+    def put(step: int, summary: Any) -> None:
+        writer.add_event(Event(summary=summary, step=step, wall_time=1e9 + step))
+
+    put(steps[0], encoder.run(info, steps[0]))
+    optimizer = Cells.along("optimizer", ["AdamW"])
+    for step in steps:
+        value = np.float32([loss(step)])
+        frames = [Frame(step, "fast", {"loss/value": _seen("loss/value", optimizer, value)}, info, segment=segment)]
+        if step % 10 == 0:
+            table = np.exp(np.arange(4, dtype=np.float32) + step / 50)
+            readings = {"attention/logit_range": _seen("attention/logit_range", heads(2, 2), table)}
+            frames.append(Frame(step, "slow", readings, info, segment=segment))
+        for at, summary in (part for frame in frames for part in encoder.frame(frame)):
+            put(at, summary)
+        told = [a.to_dict() for a in alerts if a.step == step]
+        if told:
+            put(step, encoder.alerts(told))
+    for at, summary in encoder.flush():
+        put(at, summary)
+    writer.close()
+    return next(folder.glob("events*"))
+
+
+def _seen(name: str, cells: Cells, values: np.ndarray) -> Reading:
+    return Reading(BY_NAME[name], cells, values, np.ones(len(values), np.bool_))

@@ -50,7 +50,7 @@ def envelope(values: Floats, bins: int) -> Ints:
 
     Example:
         >>> envelope(np.float64([0, 9, 1, 1, 1, -5, 1, 1]), 2).tolist()
-        [0, 1, 5, 6, 7]
+        [0, 1, 4, 5, 7]
     """
     n = len(values)
     if n <= 2 * bins:

@@ -122,7 +122,8 @@ def _event(event: Event) -> list[str]:
     worst, advice = event.worst, event.advice()
     when = ", ".join(f"{level} at step {step}" for step, level in event.levels)
     over = f", over at step {event.closed}" if event.closed is not None else ""
-    lines = [f"#### {text(event.title)}", "", f"{text(when + over)} ({text(worst.rule)})", ""]
+    where = f" at {worst.where}" if worst.where and worst.where not in event.title else ""
+    lines = [f"#### {text(event.title)}", "", f"{text(when + where + over)} ({text(worst.rule)})", ""]
     lines += [f"- {text(said)}" for said in worst.evidence.split("; ") if said]
     if advice.cause:
         lines += ["", f"Cause: {text(advice.cause)}"]
