@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.critic_plasticity import CriticPlasticity
     from traindiag.monitors.monitor import Monitor
+    from traindiag.playback.reading import read
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
@@ -89,6 +90,7 @@ __all__ = [
     "Verdict",
     "Webhook",
     "preflight",
+    "read",
     "replay",
     "replay_series",
 ]
@@ -104,6 +106,7 @@ _HOMES = {
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.critic_plasticity": ("CriticPlasticity",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.playback.reading": ("read",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
