@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
+    from traindiag.monitors.critic_plasticity import CriticPlasticity
     from traindiag.monitors.monitor import Monitor
     from traindiag.monitors.stability_gap import StabilityGap
+    from traindiag.playback.reading import read
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from traindiag.rules.loss_surge import LossSurge
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
+    from traindiag.rules.plasticity import EarlyLoss, LostPlasticity, PlasticityPlateau
     from traindiag.rules.resumed import OptimizerStateLost
     from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.second_moment import StaleSecondMoment
@@ -51,17 +54,21 @@ __all__ = [
     "Call",
     "Cell",
     "Cells",
+    "CriticPlasticity",
     "Diagnostics",
+    "EarlyLoss",
     "Forecast",
     "Frame",
     "Growth",
     "HFTrainingDiagnostics",
     "History",
     "LossSurge",
+    "LostPlasticity",
     "Monitor",
     "NonFinite",
     "OptimizerStateLost",
     "OutputDrift",
+    "PlasticityPlateau",
     "Preflight",
     "Raise",
     "Reading",
@@ -87,6 +94,7 @@ __all__ = [
     "Verdict",
     "Webhook",
     "preflight",
+    "read",
     "replay",
     "replay_series",
 ]
@@ -100,8 +108,10 @@ _HOMES = {
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
+    "traindiag.monitors.critic_plasticity": ("CriticPlasticity",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.monitors.stability_gap": ("StabilityGap",),
+    "traindiag.playback.reading": ("read",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
@@ -119,6 +129,7 @@ _HOMES = {
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.plasticity": ("EarlyLoss", "LostPlasticity", "PlasticityPlateau"),
     "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
     "traindiag.rules.loss_surge": ("LossSurge",),

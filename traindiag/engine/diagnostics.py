@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,13 @@ from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
+from traindiag.record.log import LogData
 from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.transfer.ranks import world_size
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 STATE_VERSION = 1
 _PATIENCE = 2.0  # seconds for other ranks' last message after an exception
@@ -208,6 +212,24 @@ class Diagnostics:
         rows = coverage_of(attention, outputs, self.watched, self.history, families)
         off = self._off_by_family()
         return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
+
+    def plot(self, what: str = "timeline", *, theme: str = "light", **options: str) -> Figure:
+        """A figure of what was measured so far, for a notebook.
+
+        Args:
+            what: A figure of the report by its id, such as ``timeline`` or ``heads-over-time``, or a signal by name.
+            theme: ``light`` or ``dark``.
+            **options: Such as ``step="100"``.
+
+        Raises:
+            ModuleNotFoundError: With what to install, if plotly is missing.
+            ValueError: If there is neither such a figure nor such a signal.
+        """
+        from traindiag.panels.notebook import plot
+
+        alerts = tuple(alert.to_dict() for alert in self.alerts)
+        log = LogData(self.run, self.history, alerts, self.coverage, (), (), ())
+        return plot(log, what, theme=theme, **options)
 
     @property
     def overhead(self) -> float:

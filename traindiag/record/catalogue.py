@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from traindiag.record.plasticity_signals import PLASTICITY_SIGNALS
 from traindiag.record.signal import Signal
 from traindiag.record.stability_signals import STABILITY
 
@@ -342,6 +343,7 @@ SIGNALS: tuple[Signal, ...] = (
         formula="[max over ranks of a checksum != its min]",
         source=_TRAINCHECK,
     ),
+    *PLASTICITY_SIGNALS,
     *STABILITY,
 )
 

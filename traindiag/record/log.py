@@ -34,6 +34,10 @@ from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.record.signal import Lane, Signal
 
+MAX_SAMPLES = 200_000
+MAX_BYTES = 256 * 2**20
+"""What is read of one run; beyond that, samples are left out where they stand closest, as in a live history."""
+
 
 @dataclass(frozen=True)
 class LogData:
@@ -47,6 +51,7 @@ class LogData:
         segments: Numbers of the segments found.
         files: Event files that were read.
         problems: What could not be read, in words.
+        repeated: What each job measured beyond the step from which a later one went on: it is not in ``history``.
     """
 
     run: RunInfo
@@ -56,6 +61,7 @@ class LogData:
     segments: tuple[int, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...]
+    repeated: tuple[History, ...] = ()
 
 
 def read_log(path: str | os.PathLike[str], run: str | None = None) -> LogData:
@@ -278,16 +284,24 @@ def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
 
 def _join(segments: list[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
-    history = History()
+    history = History(MAX_SAMPLES, MAX_BYTES)
     alerts: list[dict[str, Any]] = []
+    repeated: list[History] = []
     for segment in segments:
         if segment.start is not None:
+            repeated.append(_from_step(history, segment.start))
             history.rollback(segment.start - 1)
             alerts = [a for a in alerts if a["step"] < segment.start]
         for row in segment.rows:
             history.extend(row.signal, row.steps, row.cells, row.values, unmark(row.values), segment.number)
         alerts += segment.alerts
     infos = [s.info for s in segments if s.info is not None]
+    problems = [p for s in segments for p in s.problems]
+    problems += [
+        f"{name} has more samples than are kept in memory: of the distant past some are left out"
+        for name, series in history.items()
+        if series.thinned
+    ]
     return LogData(
         run=infos[-1] if infos else RunInfo(run_id=segments[0].run),
         history=history,
@@ -295,5 +309,17 @@ def _join(segments: list[Segment]) -> LogData:
         coverage=next((s.coverage for s in reversed(segments) if s.coverage), ()),
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
-        problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        problems=tuple(dict.fromkeys(problems)),
+        repeated=tuple(part for part in repeated if part),
     )
+
+
+def _from_step(history: History, step: int) -> History:
+    """The samples from ``step`` on."""
+    later = History(history.max_samples, history.max_bytes)
+    for series in history.values():
+        at = int(np.searchsorted(series.steps, step))
+        if at < len(series):
+            rows = series.steps[at:], series.cells, series.values[at:], series.seen[at:]
+            later.extend(series.signal, *rows, int(series.segments[at]))
+    return later
