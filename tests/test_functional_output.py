@@ -24,6 +24,14 @@ def truth(logits: Tensor, targets: Tensor | None, ignore: int = -100) -> dict[st
     kept = [(row, mark) for row, mark in zip(rows, marks, strict=True) if mark != ignore]
     log_z = [row.max() + math.log(np.exp(row - row.max()).sum()) for row, _ in kept]
     scores = [(row[m] - row.mean()) / row.std() for row, m in kept if m is not None and len(set(row.tolist())) > 1]
+    aimed = [(row, mark) for row, mark in kept if mark is not None]
+
+    def loss(row: np.ndarray, mark: int, scale: float) -> float:
+        row = scale * (row - row.max())
+        return math.log(np.exp(row).sum()) - row[mark]
+
+    h = 1e-5
+    slopes = [(loss(row, mark, 1 + h) - loss(row, mark, 1 - h)) / (2 * h) for row, mark in aimed]
     return {
         "tokens": len(kept),
         "log_z_sum": sum(log_z),
@@ -31,6 +39,8 @@ def truth(logits: Tensor, targets: Tensor | None, ignore: int = -100) -> dict[st
         "logit_mean_sum": sum(row.mean() for row, _ in kept),
         "target_z_sum": sum(scores),
         "target_z_tokens": len(scores),
+        "overconfidence_sum": sum(slopes),
+        "target_tokens": len(aimed),
         "log_z_max_abs": max((abs(z) for z in log_z), default=-math.inf),
         "logit_max": max((row.max() for row, _ in kept), default=-math.inf),
         "logit_max_negated": max((-row.min() for row, _ in kept), default=-math.inf),
@@ -162,10 +172,25 @@ def test_what_is_not_finite_shows(bad: float, where: int) -> None:
     broken = {n for n, v in found._asdict().items() if not math.isfinite(v)}
     always = {"logit_mean_sum", "target_z_sum"}
     if math.isnan(bad):
-        assert broken == {*always, "log_z_sum", "log_z_square_sum", "log_z_max_abs", "logit_max", "logit_max_negated"}
+        assert broken == {
+            *always,
+            "overconfidence_sum",
+            "log_z_sum",
+            "log_z_square_sum",
+            "log_z_max_abs",
+            "logit_max",
+            "logit_max_negated",
+        }
         assert found.logit_max.isnan() and found.log_z_max_abs.isnan() and found.logit_max_negated.isnan()
     elif bad > 0:
-        assert broken == {*always, "log_z_sum", "log_z_square_sum", "log_z_max_abs", "logit_max"}
+        assert broken == {
+            *always,
+            "overconfidence_sum",
+            "log_z_sum",
+            "log_z_square_sum",
+            "log_z_max_abs",
+            "logit_max",
+        }
         assert found.logit_max == math.inf
     else:  # a class that is ruled out: log Z is what it is without it
         assert broken == {*always, "logit_max_negated"}
@@ -191,7 +216,7 @@ def test_what_is_ignored_cannot_break_what_counts() -> None:
 )
 def test_nothing_counted_is_nothing_and_not_nan(logits: Tensor, targets: Tensor | None) -> None:
     found = output_statistics(logits, targets)
-    assert [v.item() for v in found] == [0.0] * 6 + [-math.inf] * 3
+    assert [v.item() for v in found] == [0.0] * 8 + [-math.inf] * 3
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -260,4 +260,4 @@ def _per(signal: Signal) -> str:
 
 
 def _sampled(signal: Signal) -> str:
-    return "every step" if signal.lane == "fast" else "at the cadence"
+    return {"fast": "every step", "slow": "at the cadence", "active": "as its monitor says"}[signal.lane]

@@ -123,7 +123,17 @@ def truth(logits: Tensor, targets: Tensor | None, ignore: int = -100) -> dict[st
         "logit_max": z.max(),
         "logit_min": z.min(),
         "target_z_score": score,
+        "overconfidence": None if y is None else float(np.mean(_surprise(z, y) - _entropy(z))),
     }
+
+
+def _surprise(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return -np.log(np.exp(z) / np.exp(z).sum(1, keepdims=True))[np.arange(len(y)), y]
+
+
+def _entropy(z: np.ndarray) -> np.ndarray:
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return -(p * np.log(p)).sum(1)
 
 
 def assert_numbers(sample: Sample, expected: dict[str, float | None], site: str, rel: float = 1e-4) -> None:

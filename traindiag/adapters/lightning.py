@@ -53,6 +53,7 @@ class LightningHooks(DiagnosticsCallback):
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             facts=_facts(trainer),
         )
+        diagnostics.computes_in(trainer.precision_plugin.forward_context)
         diagnostics.measures_applied_gradients = not pl_module.automatic_optimization
         if self._restored is not None:
             diagnostics.load_state_dict(self._restored)

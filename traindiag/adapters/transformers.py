@@ -108,6 +108,7 @@ class HFTrainingDiagnostics(DiagnosticsCallback, TrainerCallback):
             self._diagnostics.finish()
             self._diagnostics = new()
             self._outlet.say(f"this job begins a new run of diagnostics: {problem}; training goes on")
+        self._diagnostics.computes_in(trainer.compute_loss_context_manager)
         self._tap = TrainerTap(trainer, self._diagnostics, first=self._passengers)
         self._tap.place()
         self._at_exit = weakref.finalize(self, self._tap.remove, failed=True)

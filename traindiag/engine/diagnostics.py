@@ -24,6 +24,7 @@ from traindiag.capture.names import watch
 from traindiag.capture.parameter_sample import ParameterSample, Update
 from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
+from traindiag.engine.active import ActiveLane, Precision
 from traindiag.engine.aside import Aside
 from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.decisions import Decisions, Save
@@ -119,6 +120,8 @@ class Diagnostics:
             LeavingLane(name, [m for m in monitors if m.lane == name], device, strict=strict, report=report)
             for name in ("fast", "slow")
         )
+        active = [m for m in monitors if m.lane == "active"]
+        self._active = ActiveLane(active, self.models, device, strict=strict, report=report) if active else None
         self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
         self._decisions = Decisions(self.settings.actions, save, self._tell)
         self._has_early = any(m.early for m in self._slow.monitors.values())
@@ -287,6 +290,11 @@ class Diagnostics:
         """Adds facts about the run that became known after it began."""
         self.run = replace(self.run, **facts)
 
+    def computes_in(self, precision: Precision) -> None:
+        """Tells in which context the trainer runs its forward passes, for those of active monitors."""
+        if self._active is not None:
+            self._active.precision = precision
+
     def begin(self, inside: nn.Module | None = None) -> None:
         """A micro-batch begins; the first one of a step begins the step.
 
@@ -399,7 +407,7 @@ class Diagnostics:
                 self._capture.close()
             self._receive(patience, everything=True)
             if self._in_step and world_size() == 1 and not self._off:  # what the broken step had shown so far
-                self._send()
+                self._send(broken=True)
                 self.step_count += 1
                 self._receive(patience, everything=True)
         finally:
@@ -500,6 +508,8 @@ class Diagnostics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for lane in self._lanes():
+            lane.close()
 
     def _off_by_family(self) -> dict[str, str]:
         """Families in which nothing works any more, with the cause: what was seen of them is no health."""
@@ -509,8 +519,9 @@ class Diagnostics:
         work = {m.family for m, lane in every if m.name not in lane.off}
         return {m.family: lane.off[m.name] for m, lane in every if m.family not in work}
 
-    def _lanes(self) -> tuple[LeavingLane, LeavingLane]:
-        return self._fast, self._slow  # in this order: a non-finite gradient is told before what follows from it
+    def _lanes(self) -> tuple[LeavingLane, ...]:
+        # in this order: a non-finite gradient is told before what follows from it
+        return (self._fast, self._slow) if self._active is None else (self._fast, self._slow, self._active)
 
     def _arm(self) -> None:
         """Installs what a run needs, before its first step or when a loop goes on after an exception."""
@@ -552,6 +563,8 @@ class Diagnostics:
 
         def listen(entrance: nn.Module, parts: Sequence[RemovableHandle] = ()) -> list[RemovableHandle]:
             def before_forward(module: nn.Module, _: object) -> None:
+                if self._active is not None and self._active.probing:
+                    return
                 if module.training and torch.is_grad_enabled():
                     for handle in parts:  # not needed any more, and a part in evaluation mode would end its window
                         handle.remove()
@@ -561,7 +574,8 @@ class Diagnostics:
                         self._capture.close()
 
             def after_forward(module: nn.Module, _: object, output: object) -> None:
-                if output is not None:  # None: it raised; otherwise the loss is still to come
+                # None: it raised; otherwise the loss is still to come
+                if output is not None or (self._active is not None and self._active.probing):
                     return
                 with self.border:
                     self._capture.close()
@@ -678,9 +692,11 @@ class Diagnostics:
 
     def _measuring(self) -> list[LeavingLane]:
         fast = [self._fast] if self._measures_fast() else []
-        return [*fast, self._slow] if (self._sampling or self._early) and self._in_step else fast
+        slow = [self._slow] if (self._sampling or self._early) and self._in_step else []
+        active = [self._active] if self._active is not None and self._in_step else []
+        return [*fast, *slow, *active]
 
-    def _send(self) -> None:
+    def _send(self, *, broken: bool = False) -> None:
         facts, costs = StepFacts(early=self._early), (math.nan, math.nan)
         with self.border:
             facts = StepFacts(
@@ -692,7 +708,12 @@ class Diagnostics:
             if self._sampling:
                 costs = self._meter.recent_shares(self._schedule.cadence)
         for lane in self._measuring():
-            with self.border:  # each by itself: other ranks count on both
+            with self.border:  # each by itself: other ranks count on all of them
+                if isinstance(lane, ActiveLane):
+                    if broken or not lane.ask(self.step_count, self.updates):
+                        continue
+                    if not self._failed:
+                        lane.probe(self.step_count)
                 lane.send(self.step_count, facts, costs)
 
     def _receive(self, patience: float | None = None, *, everything: bool = False) -> None:
@@ -714,6 +735,8 @@ class Diagnostics:
                 # first of all: what fails on one rank only, such as its disk, must not keep it from what all do
                 self._decisions.take(alerts, calm=received.calm and self._judge.patient)
                 lane.settle(received)
+                if self._active is not None:
+                    self._active.heed(received.frame)
                 if received.frame.sampled:
                     self._after_sample(received)
                 # a fault of wiring shows no better in more samples
@@ -750,7 +773,7 @@ class Diagnostics:
 
     def _has_work(self) -> bool:
         """Whether judging is worth waking a thread: for a sample, for steps enough, or where rules are impatient."""
-        if self._slow.pending or self._fast.shelved >= BATCH - 1:
+        if self._slow.pending or self._fast.shelved >= BATCH - 1 or (self._active and self._active.pending):
             return True
         return self._fast.pending and not self._judge.patient
 
@@ -759,6 +782,7 @@ class Diagnostics:
         with self.border:
             return (
                 not self._slow.pending
+                and not (self._active and self._active.pending)
                 and self._judge.patient
                 and not self._failed
                 and self._fast.shelved < BATCH - 1

@@ -1,10 +1,10 @@
-"""The two lanes of a step: monitors in, frames out, faults contained."""
+"""The lanes of a step: monitors in, frames out, faults contained."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,10 @@ class MonitorLane:
             return self._all
         return [m for m in self._all if self.works(m)]
 
+    def to_collect(self) -> list[Monitor]:
+        """Monitors that have something to send."""
+        return self.working()
+
     def works(self, monitor: Monitor) -> bool:
         if (self.lean and monitor.costly) or (self.early and not monitor.early):
             return False
@@ -125,7 +129,7 @@ class MonitorLane:
     def send(self, step: int, facts: StepFacts, costs: tuple[float, float]) -> None:
         """Starts the reduction of what the monitors hold; ``costs`` are this rank's, of the two lanes."""
         groups: dict[Key, Group] = {}
-        for monitor in self.working():
+        for monitor in self.to_collect():
             try:
                 for group in monitor.collect():
                     groups[monitor.name, group.name] = group
@@ -199,6 +203,12 @@ class MonitorLane:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._lane.screen.load_state_dict(state["screen"])
 
+    def close(self) -> None:
+        """Lets every monitor remove what it has installed."""
+        for monitor in self._all:
+            with suppress(Exception):
+                monitor.close()
+
     def settle(self, received: Received) -> None:
         """Switches off monitors that failed, on all ranks at this step, and shows the others what they measured."""
         for failed, cause in received.faults.items():
@@ -212,6 +222,8 @@ class MonitorLane:
     def _switch_off(self, name: str, cause: str) -> None:
         if name not in self.off:
             self.off[name] = self._faults.pop(name, cause or "failed on another rank")
+            with suppress(Exception):
+                self.monitors[name].close()
             self._report(f"monitor {name!r} is switched off on all ranks: {self.off[name]}; training goes on")
 
     def _contain(self, monitor: Monitor, what: str, error: Exception) -> None:

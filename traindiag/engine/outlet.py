@@ -99,7 +99,7 @@ class Outlet:
             if len(self._unwritten) >= 2 * BATCH:  # nobody does it beside a training step
                 self._write()
             self._unwritten.append(frame)
-            self._due = self._due or frame.lane == "slow" or len(self._unwritten) >= BATCH
+            self._due = self._due or frame.lane != "fast" or len(self._unwritten) >= BATCH
             if alerts:
                 self._write()
                 self._panels.alerts(alerts, frame.step)

@@ -29,6 +29,8 @@ class OutputStatistics(NamedTuple):
         logit_mean_sum: Sum over tokens of the mean of their logits.
         target_z_sum: Sum over tokens of ``(target logit - mean) / std`` of their logits.
         target_z_tokens: Number of tokens in that sum: those with a target whose logits are not all equal.
+        overconfidence_sum: Sum over tokens of ``-log p_target - H(p)``, with ``H`` the entropy in nats.
+        target_tokens: Number of tokens in that sum: those with a target.
         log_z_max_abs: Largest ``|log Z|``; ``-inf`` where no token counts.
         logit_max: Largest logit; ``-inf`` where no token counts.
         logit_max_negated: Largest ``-logit``, the smallest logit with its sign turned.
@@ -40,6 +42,8 @@ class OutputStatistics(NamedTuple):
     logit_mean_sum: Tensor
     target_z_sum: Tensor
     target_z_tokens: Tensor
+    overconfidence_sum: Tensor
+    target_tokens: Tensor
     log_z_max_abs: Tensor
     logit_max: Tensor
     logit_max_negated: Tensor
@@ -179,7 +183,8 @@ def _statistics(
             _of_tokens(logits_of(index[i : i + block]).float(), None if target is None else target[i : i + block])
             for i in range(0, len(index), block)
         ]
-        log_z, mean, score, scored, largest, negated = (torch.cat(part) for part in zip(*parts))
+        log_z, mean, score, scored, excess, largest, negated = (torch.cat(part) for part in zip(*parts))
+        aimed = counted if target is not None else torch.zeros_like(counted)
         return OutputStatistics(
             counted.sum().float(),
             _sum(log_z, counted),
@@ -187,6 +192,8 @@ def _statistics(
             _sum(mean, counted),
             _sum(score, counted & scored),
             (counted & scored).sum().float(),
+            _sum(excess, aimed),
+            aimed.sum().float(),
             _largest(log_z.abs(), counted),
             _largest(largest, counted),
             _largest(negated, counted),
@@ -269,17 +276,26 @@ def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _of_tokens(logits: Tensor, target: Tensor | None) -> tuple[Tensor, ...]:
-    """Log Z, mean, target z-score, whether it has one, largest logit, largest negated logit; each ``[n]``."""
+    """Log Z, mean, target z-score, whether it has one, overconfidence, extremes; each ``[n]``."""
     # one pass each: aminmax and var_mean along an axis take ten times as long on a CPU
     smallest, largest, mean = logits.amin(-1), logits.amax(-1), logits.mean(-1)
+    log_z = logits.logsumexp(-1)
     if target is None:
-        score, scored = torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool)
+        score, scored, excess = (
+            torch.zeros_like(mean),
+            torch.zeros_like(mean, dtype=torch.bool),
+            torch.zeros_like(mean),
+        )
     else:
         centred = logits - mean[:, None]
         std = torch.linalg.vector_norm(centred, dim=-1) / logits.shape[-1] ** 0.5
         score = centred.gather(-1, target[:, None])[:, 0] / std
+        log_p = logits - log_z[:, None]
+        share = log_p.exp()
+        # a class that is ruled out adds nothing: the limit of p log p, which in floating point is a NaN
+        excess = (share * log_p).masked_fill_(share == 0, 0).sum(-1) - log_p.gather(-1, target[:, None])[:, 0]
         scored = smallest != largest  # a head that starts at zero has none; NaN differs from itself and stays
-    return logits.logsumexp(-1), mean, score, scored, largest, -smallest
+    return log_z, mean, score, scored, excess, largest, -smallest
 
 
 def _sum(values: Tensor, counted: Tensor) -> Tensor:
@@ -293,4 +309,4 @@ def _largest(values: Tensor, counted: Tensor) -> Tensor:
 def _nothing(device: torch.device) -> OutputStatistics:
     """Of a call without tokens."""
     zero, low = torch.zeros((), device=device), torch.full((), -torch.inf, device=device)
-    return OutputStatistics(*[zero] * 6, *[low] * 3)
+    return OutputStatistics(*[zero] * 8, *[low] * 3)

@@ -89,6 +89,9 @@ class Monitor(ABC):
         """Forgets the states of a step that will not be sent."""
         self.collect()
 
+    def close(self) -> None:
+        """Removes what it has installed, at the end of the run or when it is switched off; ``prepare`` may follow."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain, rank-independent data; empty for a monitor that remembers nothing between samples."""
         return {}

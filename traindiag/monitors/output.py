@@ -22,6 +22,7 @@ _MEANS = {
     "z_loss": ("log_z_square_sum", "tokens"),
     "logit_mean": ("logit_mean_sum", "tokens"),
     "target_z_score": ("target_z_sum", "target_z_tokens"),
+    "overconfidence": ("overconfidence_sum", "target_tokens"),
 }
 _MAXIMA = ("log_z_max_abs", "logit_max", "logit_max_negated")
 _SUMS = tuple(name for name in OutputStatistics._fields if name not in _MAXIMA)
@@ -29,7 +30,8 @@ _UNLESS_RULED_OUT = ("logit_min", "logit_mean", "target_z_score")
 
 
 class OutputMonitor(Monitor):
-    """``output/log_z`` and its largest absolute value, ``z_loss``, the level of the logits, and ``target_z_score``.
+    """``output/log_z`` and its largest absolute value, ``z_loss``, the level of the logits, ``target_z_score`` and
+    ``overconfidence``.
 
     Logits and targets are those of the cross-entropy calls that train. Where a fused loss never builds logits, they
     are computed for the tokens looked at, from the hidden states and the weight that it was given. A call under

@@ -53,6 +53,9 @@ class Aggregates:
             for reading in frame.readings.values():
                 if _shown(reading.signal):
                     points |= _slow_points(reading)
+        elif frame.lane == "active":
+            for reading in frame.readings.values():
+                points |= _slow_points(reading)
         elif frame.lane == "fast":
             self._fast.take(frame)
             if self._due or frame.step - self._point >= FAST_EVERY:

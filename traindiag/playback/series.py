@@ -16,7 +16,7 @@ from traindiag.record.catalogue import BY_NAME, check_signal
 from traindiag.record.cells import Cells, Coordinates
 from traindiag.record.frame import Frame, Reading
 from traindiag.record.run_info import RunInfo
-from traindiag.record.signal import Signal
+from traindiag.record.signal import Lane, Signal
 from traindiag.rules.rule import Rule
 
 LEARNING_RATE = "learning_rate"
@@ -99,25 +99,26 @@ class Column:
 
 def frames_of(columns: Iterable[Column], run: RunInfo) -> Iterator[Frame]:
     """Frames in the order of a live run: step by step, and of a step the fast lane first."""
+    lanes: tuple[Lane, ...] = ("fast", "slow", "active")
     places: dict[tuple[int, int], list[tuple[Column, int]]] = {}
     rates: dict[int, float] = {}
     for column in columns:
-        slow = int(column.signal is not None and column.signal.lane == "slow")
+        lane = 0 if column.signal is None else lanes.index(column.signal.lane)
         for k, step in enumerate(column.steps.tolist()):
             if column.signal is not None:
-                places.setdefault((step, slow), []).append((column, k))
+                places.setdefault((step, lane), []).append((column, k))
             elif column.seen[k].all():
                 rates[step] = float(column.values[k, 0])
     optimizer = run.optimizers[0].name if run.optimizers else "optimizer"
     known = sorted(rates.items())
     rate: dict[str, float] = {}
-    for (step, slow), found in sorted(places.items(), key=lambda item: item[0]):
+    for (step, lane), found in sorted(places.items(), key=lambda item: item[0]):
         while known and known[0][0] <= step:
             rate = {optimizer: known.pop(0)[1]}
         readings = {
             c.signal.name: Reading.masked(c.signal, c.cells, c.values[k], c.seen[k]) for c, k in found if c.signal
         }
-        yield Frame(step, "slow" if slow else "fast", readings, run, learning_rates=rate)
+        yield Frame(step, lanes[lane], readings, run, learning_rates=rate)
 
 
 def _table(name: str, values: Any, every: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:

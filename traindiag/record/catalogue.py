@@ -210,6 +210,14 @@ SIGNALS: tuple[Signal, ...] = (
         worst="min",
         source="separates drift of the logits, which log Z shows, from what is learnt",
     ),
+    Signal(
+        "output/overconfidence",
+        ("site",),
+        "loss less the entropy of the prediction: above zero, smaller logits would be better ones",
+        formula="mean_t (-log p_t,target - H(p_t)) = d loss / d log scale of the logits",
+        unit="nat",
+        source="the derivative of cross-entropy by a temperature (Guo et al. 2017, arXiv 1706.04599 section 4.2)",
+    ),
     # -- gradients, parameter by parameter, at samples
     Signal(
         "gradient/rms",

@@ -82,7 +82,7 @@ class Frame:
 
     Args:
         step: The engine's count of optimizer steps tried (0-based), the axis of every panel.
-        lane: ``fast`` or ``slow``.
+        lane: ``fast``, ``slow`` or ``active``.
         readings: By signal name.
         run: What is being trained.
         time: Seconds since the epoch when the step ended.

@@ -49,6 +49,7 @@ class LogData:
         segments: Numbers of the segments found.
         files: Event files that were read.
         problems: What could not be read, in words.
+        repeated: What each job measured beyond the step from which a later one went on: it is not in ``history``.
     """
 
     run: RunInfo
@@ -90,7 +91,7 @@ def read_logs(path: str | os.PathLike[str]) -> list[LogData]:
     Raises:
         FileNotFoundError: If ``path`` does not exist.
     """
-    return sorted((join(s) for s in read_segments(path).values()), key=lambda log: log.files[0].name)
+    return [join(s) for s in sorted(read_segments(path).values(), key=lambda segments: segments[0].time)]
 
 
 def read_segments(path: str | os.PathLike[str]) -> dict[str, list[Segment]]:
@@ -319,8 +320,10 @@ def join(segments: Sequence[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
     history = History()
     alerts: list[dict[str, Any]] = []
+    repeated: list[History] = []
     for segment in segments:
         if segment.start is not None:
+            repeated.append(_from_step(history, segment.start))
             history.rollback(segment.start - 1)
             alerts = [a for a in alerts if a["step"] < segment.start]
         for row in segment.rows:
@@ -335,4 +338,16 @@ def join(segments: Sequence[Segment]) -> LogData:
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
         problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        repeated=tuple(part for part in repeated if part),
     )
+
+
+def _from_step(history: History, step: int) -> History:
+    """The samples from ``step`` on."""
+    later = History(history.max_samples, history.max_bytes)
+    for series in history.values():
+        at = int(np.searchsorted(series.steps, step))
+        if at < len(series):
+            rows = series.steps[at:], series.cells, series.values[at:], series.seen[at:]
+            later.extend(series.signal, *rows, int(series.segments[at]))
+    return later

@@ -14,7 +14,7 @@ from traindiag.record.log_format import unmark
 from traindiag.record.run_info import RunInfo
 from traindiag.record.signal import Lane
 
-_LANES: tuple[Lane, Lane] = ("fast", "slow")  # in the order in which a step shows them
+_LANES: tuple[Lane, ...] = ("fast", "slow", "active")  # in the order in which a step shows them
 _Place = tuple[int, int]  # step, and index of the lane
 
 
@@ -79,8 +79,8 @@ class Recording:
         for row in segment.rows:
             own = _LANES.index(row.signal.lane)
             for k, step in enumerate(row.steps.tolist()):
-                # a monitor may send a signal on the other lane
-                at = next((i for i in (own, 1 - own) if _has(facts.get((step, i)), row.signal.name)), own)
+                # a monitor may send a signal on another lane
+                at = next((i for i in (own, *range(len(_LANES))) if _has(facts.get((step, i)), row.signal.name)), own)
                 if counts(step):
                     samples.setdefault((step, at), {})[row.signal.name] = row, k
         run = segment.infos[0][-1] if segment.infos else RunInfo(run_id=segment.run)

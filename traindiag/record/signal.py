@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Lane = Literal["fast", "slow"]
-"""``fast`` is measured every step, ``slow`` at the sampling cadence."""
+Lane = Literal["fast", "slow", "active"]
+"""``fast`` is measured every step, ``slow`` at the sampling cadence, ``active`` when a monitor that runs forward
+passes of its own says so."""
 
 Clock = Literal["fast", "slow"]
 """How long a warning leaves: ``fast`` 1-8 steps (spikes), ``slow`` hundreds to thousands (growth)."""
@@ -22,7 +23,8 @@ class Signal:
         summary: One line for tables and tool tips.
         formula: How it is computed, in plain text.
         unit: Unit of the value; ``"1"`` for a pure number.
-        lane: Measured every step (``fast``) or at the sampling cadence (``slow``).
+        lane: Measured every step (``fast``), at the sampling cadence (``slow``) or when its monitor says so
+            (``active``).
         clock: The clock of the failure that it predicts.
         worst: Which end is bad; it decides which cell stands for all of them in an aggregate.
         positive: Positive by definition, so that baselines and forecasts work on its logarithm.

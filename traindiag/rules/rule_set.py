@@ -106,4 +106,4 @@ class RuleSet:
 
 
 def _reads_samples_only(rule: Rule) -> bool:
-    return bool(rule.signals) and all(name in BY_NAME and BY_NAME[name].lane == "slow" for name in rule.signals)
+    return bool(rule.signals) and all(name in BY_NAME and BY_NAME[name].lane != "fast" for name in rule.signals)
