@@ -204,7 +204,8 @@ class Segment:
         return self.infos[-1][-1] if self.infos else None
 
 
-_DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, zlib.error)
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, zlib.error)
+"""What data that is not ours, or no longer whole, makes of reading it."""
 
 
 class _Reader:
@@ -230,7 +231,7 @@ class _Reader:
                 if value.tag.startswith(PREFIX):
                     try:
                         self._take(event, value)
-                    except _DAMAGE as error:
+                    except DAMAGE as error:
                         self.problem(f"{self.file}: {value.tag} at step {event.step} skipped: {error}")
         for segment in self.found.values():
             segment.problems = list(self.problems)

@@ -9,7 +9,9 @@ from importlib import resources
 from pathlib import Path
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
-INSTALL = 'Charts need plotly. Install it beside TensorBoard and start TensorBoard again: pip install "traindiag[tab]"'
+INSTALL = (
+    'Charts need plotly. Install it beside TensorBoard and start TensorBoard again: pip install "traindiag[tab]"'
+)
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 
-from traindiag.record.log import Contents, LogData, Segment, by_run, join, read_file, read_stream
+from traindiag.panels.figures.view import natural
+from traindiag.record.log import DAMAGE, Contents, LogData, Segment, by_run, join, read_file, read_stream
 from traindiag.record.log_format import PLUGIN, RUN
 
 PATIENCE = 5.0
@@ -81,9 +83,7 @@ class Runs:
         clock: Seconds, for :data:`PATIENCE`.
     """
 
-    def __init__(
-        self, provider: Any, logdir: str | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, provider: Any, logdir: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._provider = provider
         root = Path(os.path.expanduser(logdir)) if logdir else None
         self._root = root if root is not None and root.is_dir() else None
@@ -118,9 +118,7 @@ class Runs:
     def _files(self, folder: str, root: Path) -> _Part:
         stamp = tuple(_stamps(root / folder))
         before = self._parts.get(folder)
-        if before is not None and (
-            stamp == before.stamp or self._clock() < before.read_at + PATIENCE * before.cost
-        ):
+        if before is not None and (stamp == before.stamp or self._clock() < before.read_at + PATIENCE * before.cost):
             return before
         began = self._clock()
         contents = tuple(_read(Path(path)) for path, _, _ in stamp)
@@ -148,31 +146,32 @@ class Runs:
         return _Part(stamp, (read_stream(Path(folder), events),), 0.0, 0.0)
 
     def _join(self) -> Found:
-        jobs: dict[int, tuple[str, tuple[Any, ...]]] = {}
-        everything: list[Segment] = []
+        home: dict[int, tuple[str, tuple[Any, ...]]] = {}  # of each job its folder, and what changes with its files
+        jobs: list[Segment] = []
         problems: list[str] = []
         for folder, part in self._parts.items():
             for contents in part.contents:
-                if not contents.jobs:
-                    problems += contents.problems
-                for job in contents.jobs:
-                    jobs[id(job)] = folder, part.stamp
-                    everything.append(job)
+                jobs += contents.jobs
+                home |= {id(job): (folder, part.stamp) for job in contents.jobs}
+                problems += contents.problems if not contents.jobs else ()
+        together = by_run(jobs)
+        tenants = Counter(folder for segments in together.values() for folder in {home[id(s)][0] for s in segments})
         runs: dict[str, Run] = {}
-        together = by_run(everything)
-        known = {folder: [i for i, s in together.items() if folder in {jobs[id(j)][0] for j in s}] for folder in self._parts}
         for run_id, segments in together.items():
-            folders = tuple(dict.fromkeys(jobs[id(s)][0] for s in segments))
-            stamp = _digest([run_id, *(jobs[id(s)] for s in segments)])
+            folders = tuple(dict.fromkeys(home[id(s)][0] for s in segments))
             name = " + ".join(folders)
-            if any(len(known[f]) > 1 for f in folders):  # several runs have written into one folder
+            if any(tenants[folder] > 1 for folder in folders):  # several runs were written into one folder
                 name += f" ({run_id})"
-            before = self._joined.get(name)
-            if before is not None and before.stamp == stamp:
-                runs[name] = before
-            else:
+            stamp = _digest([home[id(s)] for s in segments])
+            known = self._joined.get(name)
+            if known is not None and known.stamp == stamp:
+                runs[name] = known
+                continue
+            try:
                 runs[name] = Run(name, folders, join(segments), stamp, not self.local)
-        self._joined = dict(sorted(runs.items(), key=lambda item: _natural(item[0])))
+            except DAMAGE as error:
+                problems.append(f"{name}: its parts do not fit together: {type(error).__name__}: {error}")
+        self._joined = dict(sorted(runs.items(), key=lambda item: natural(item[0])))
         return Found(self._joined, tuple(dict.fromkeys(problems)))
 
 
@@ -212,10 +211,3 @@ def _event(tag: str, datum: Any, content: bytes) -> Event:
 
 def _digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """``version_10`` after ``version_2``."""
-    import re
-
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tensorboard import plugin_util
@@ -15,8 +15,9 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 from werkzeug.exceptions import HTTPException
 
-from traindiag.panels.figures import PANELS, PanelContent, build
+from traindiag.panels.figures import PANELS, Block, PanelContent, build
 from traindiag.panels.figures.attention import heads
+from traindiag.panels.figures.overview import timeline
 from traindiag.panels.figures.view import View
 from traindiag.tensorboard_plugin.assets import INSTALL, TYPES, packed, plotly_script, static_files
 from traindiag.tensorboard_plugin.runs import Found, Run, Runs
@@ -25,6 +26,12 @@ KEPT_ANSWERS = 64
 A_DAY = 86_400
 MOST_RUNS = 50
 """Runs in one panel."""
+
+PARTS: Mapping[str, Callable[[View], Sequence[Block]]] = {
+    "heads": lambda view: [block for block in [heads(view)] if block is not None],
+    "timeline": timeline,
+}
+"""Blocks that are asked for by themselves, by a slider at each of its steps or by a filter, without their panels."""
 
 _logger = logging.getLogger("tensorboard")
 Answer = Callable[["Tab", wrappers.Request], wrappers.Response]
@@ -105,14 +112,14 @@ def _static(tab: Tab, request: wrappers.Request) -> wrappers.Response:
     content = static_files().get(name)
     if content is None:
         raise Refusal("there is no such file")
-    return http_util.Respond(request, content, TYPES[name[name.rindex(".") :]])
+    return _respond(request, content, TYPES[name[name.rindex(".") :]])
 
 
 def _plotly(tab: Tab, request: wrappers.Request) -> wrappers.Response:
     script = plotly_script()
     if script is None:
         raise Refusal(INSTALL)
-    return http_util.Respond(request, packed(script), "text/javascript", content_encoding="gzip", expires=A_DAY)
+    return _respond(request, packed(script), "text/javascript", content_encoding="gzip", expires=A_DAY)
 
 
 def _state(tab: Tab, request: wrappers.Request) -> wrappers.Response:
@@ -134,8 +141,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "name": run.name,
         "folders": list(run.folders),
         "stamp": run.stamp,
-        "model": log.run.model,
-        "length": log.run.length,
+        "length": log.run.length if isinstance(log.run.length, int) else None,
         "step": max((int(s.steps[-1]) for s in log.history.values() if len(s)), default=None),
         "severity": found[0] if found else None,
         "jobs": len(log.segments),
@@ -152,6 +158,8 @@ def _panel(tab: Tab, request: wrappers.Request) -> wrappers.Response:
         raise Refusal(f"there is no panel {panel!r}, only {', '.join(ids)}")
     if theme not in ("light", "dark"):
         raise Refusal(f"the theme is light or dark, got {theme!r}", 400)
+    if block is not None and block not in PARTS:
+        raise Refusal(f"there is no block {block!r} by itself, only {', '.join(PARTS)}")
     found = tab.find(request)
     runs = {}
     for name in names[:MOST_RUNS]:
@@ -165,14 +173,26 @@ def _panel(tab: Tab, request: wrappers.Request) -> wrappers.Response:
 
     def make() -> str:
         logs = {name: run.log for name, run in runs.items()}
-        if block == "heads":  # a slider asks for this one at every step: the rest of its panel need not be built
-            views = [View(name, log, theme, options) for name, log in logs.items()]
-            return PanelContent(panel, "", tuple(b for v in views if (b := heads(v)) is not None)).to_json()
-        return build(panel, logs, theme=theme, options=options).to_json()
+        if block is None:
+            return build(panel, logs, theme=theme, options=options).to_json()
+        views = [View(name, log, theme, options) for name, log in logs.items()]
+        return PanelContent(panel, "", tuple(_part(block, views))).to_json()
 
     key = panel, theme, block, tuple(options.items()), tuple((r.name, r.stamp) for r in runs.values())
-    return http_util.Respond(request, tab.remember(key, make), "application/json")
+    return _respond(request, tab.remember(key, make), "application/json")
+
+
+def _part(block: str, views: Sequence[View]) -> Iterator[Block]:
+    """One block of each run, under the ids that it has in the whole panel."""
+    for at, view in enumerate(views):
+        for found in PARTS[block](view):
+            yield found if len(views) == 1 else {**found, "id": f"{at}-{found['id']}", "run": view.name}
+
+
+def _respond(request: wrappers.Request, content: str | bytes, kind: str, **more: Any) -> wrappers.Response:
+    response: wrappers.Response = http_util.Respond(request, content, kind, **more)
+    return response
 
 
 def _json(request: wrappers.Request, data: Mapping[str, Any], code: int = 200) -> wrappers.Response:
-    return http_util.Respond(request, json.dumps(data, allow_nan=False), "application/json", code=code)
+    return _respond(request, json.dumps(data, allow_nan=False), "application/json", code=code)

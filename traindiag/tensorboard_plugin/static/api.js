@@ -33,6 +33,7 @@ export const readPanel = (parameters, signal) => get('panel', parameters, signal
 
 let loading = null;
 
+// Parsing it takes longer than all the rest, so it begins at once, beside what is asked for first.
 export function loadPlotly() {
   loading ||= new Promise((resolve, reject) => {
     const script = document.createElement('script');
@@ -41,5 +42,6 @@ export function loadPlotly() {
     script.onerror = () => reject(new Failure('plotly could not be loaded.'));
     document.head.append(script);
   });
+  loading.catch(() => {}); // told by those who wait for it
   return loading;
 }

@@ -13,7 +13,7 @@ const CONFIG = {
 
 export class Board {
   // `host` offers plotly() (a promise), charts() (why there are none, or null), options() (what was chosen), go(target),
-  // choose(option, value, block) and chosen().
+  // choose(option, value, block), chosen() and filter(levels).
   constructor(box, host) {
     this.box = box;
     this.host = host;
@@ -36,7 +36,7 @@ export class Board {
     const drawing = [];
     let run = null;
     const placed = [];
-    const alone = withoutNeighbour(content.blocks);
+    const wide = wideOnes(content.blocks);
     content.blocks.forEach((block, at) => {
       if (several && block.run && block.run !== run) {
         run = block.run;
@@ -49,7 +49,7 @@ export class Board {
         kept = { node: element('section', { class: `block ${block.kind}`, 'data-block': block.id ?? '' }) };
         this.kept.set(key, kept);
       }
-      kept.node.classList.toggle('wide', alone.has(at));
+      kept.node.classList.toggle('wide', wide.has(at));
       placed.push(kept.node);
       drawing.push(() => this.fill(kept, block, key));
     });
@@ -79,7 +79,7 @@ export class Board {
     if (block.kind === 'figure') return this.fillFigure(kept, block);
     const title = block.title ? element('h3', {}, block.title) : null;
     let inside;
-    if (block.kind === 'table') inside = drawTable(block, this.remembered(key), this.host.go, this.host.options().event ?? null);
+    if (block.kind === 'table') inside = drawTable(block, this.remembered(key), this.host);
     else if (block.kind === 'cards') inside = cards(block, this.host.go);
     else inside = element('p', {}, String(block.text ?? ''));
     const focus = kept.node.contains(document.activeElement) ? place(kept.node, document.activeElement) : null;
@@ -104,6 +104,7 @@ export class Board {
       return;
     }
     const { data, layout } = block.figure;
+    makeRoom(layout, data, kept.plot.clientWidth || 480);
     kept.plot.style.minHeight = `${layout.height || 300}px`;
     kept.plot.setAttribute('role', 'img');
     kept.plot.setAttribute('aria-label', [block.title, block.note].filter(Boolean).join('. '));
@@ -148,17 +149,33 @@ function markStep(layout, step) {
   layout.shapes = [...(layout.shapes || []), shape];
 }
 
-// Figures stand in pairs; of an odd number in a row the first has the whole width.
-function withoutNeighbour(blocks) {
-  const alone = new Set();
-  let first = 0;
-  for (let at = 0; at <= blocks.length; at += 1) {
-    const goes = blocks[at]?.kind === 'figure' && blocks[at].run === blocks[first]?.run && blocks[first].kind === 'figure';
-    if (goes) continue;
-    if (blocks[first]?.kind === 'figure' && (at - first) % 2) alone.add(first);
-    first = at;
-  }
-  return alone;
+const TALL = 440;
+
+// Figures stand in pairs. A tall one has the whole width, and of an odd number in a row the first one.
+function wideOnes(blocks) {
+  const wide = new Set();
+  let row = [];
+  const end = () => {
+    if (row.length % 2) wide.add(row[0]);
+    row = [];
+  };
+  blocks.forEach((block, at) => {
+    const tall = block.kind === 'figure' && (block.figure.layout.height || 0) > TALL;
+    if (tall) wide.add(at);
+    if (block.kind !== 'figure' || tall || block.run !== blocks[at - 1]?.run) end();
+    if (block.kind === 'figure' && !tall) row.push(at);
+  });
+  end();
+  return wide;
+}
+
+// A long legend gets room of its own rather than the chart's.
+function makeRoom(layout, data, width) {
+  const names = data.filter((t) => t.showlegend !== false && t.type === 'scatter').map((t) => t.name || '');
+  if (layout.showlegend === false || names.length < 2 || !layout.height) return;
+  const longest = Math.max(...names.map((n) => n.length));
+  const across = Math.max(1, Math.floor((width - 80) / (longest * 6.2 + 50)));
+  layout.height += Math.max(0, Math.ceil(names.length / across) - 1) * 18;
 }
 
 function place(node, active) {

@@ -30,6 +30,7 @@ export async function render() {
     element('meta', { name: 'viewport', content: 'width=device-width' }),
   );
   document.title = 'Training diagnostics';
+  loadPlotly();
   page = frame();
   document.body.replaceChildren(page.root);
   board = new Board(page.board, {
@@ -39,6 +40,7 @@ export async function render() {
     go,
     choose,
     chosen: remember,
+    filter,
   });
   theme();
   onTheme(() => {
@@ -53,6 +55,7 @@ export async function render() {
   });
   document.addEventListener('visibilitychange', () => isVisible() && refresh());
   follow(readLink());
+  page.board.append(element('p', { class: 'faint' }, 'Reading the log …'));
   await refresh();
   poll();
 }
@@ -95,7 +98,7 @@ function go(target) {
   page.tabs.querySelector('[aria-selected="true"]')?.focus({ preventScroll: true });
 }
 
-// A control of one figure: only that figure is asked for. While a request is under way the latest wish waits.
+// A control of one figure: only that figure is asked for, of all runs that are shown. While a request is under way the latest wish waits.
 let wish = null;
 let granting = false;
 
@@ -110,14 +113,22 @@ async function choose(option, value, block) {
     while (wish) {
       const of = wish;
       wish = null;
-      const content = await readPanel({ ...query(), run: of.run ? [of.run] : query().run, block: plain(of) });
-      for (const one of content.blocks) await board.redraw(content.panel, { ...one, id: of.id, run: of.run });
+      const content = await readPanel({ ...query(), block: plain(of) });
+      for (const one of content.blocks) await board.redraw(content.panel, one);
     }
   } catch (error) {
     tell(error);
   } finally {
     granting = false;
   }
+}
+
+// The table filters itself; the marks over the loss are asked for anew.
+function filter(levels) {
+  if (levels.length === 3) delete shown.options.severity;
+  else shown.options.severity = levels.join() || 'none';
+  remember();
+  show({ always: true });
 }
 
 // Several runs have numbers in front of the ids of their blocks.
@@ -192,7 +203,7 @@ async function show({ always = false } = {}) {
   const mine = asking;
   page.board.setAttribute('aria-busy', 'true');
   try {
-    const content = await readPanel(asked, mine.signal);
+    const content = await panel(asked, mine.signal);
     if (mine.signal.aborted) return;
     lastKey = key;
     failure = null;
@@ -205,6 +216,18 @@ async function show({ always = false } = {}) {
   } finally {
     if (asking === mine) page.board.removeAttribute('aria-busy');
   }
+}
+
+// The table of alerts counts what is filtered out, so its panel comes whole, and the marks over the loss once more.
+async function panel({ severity, ...asked }, signal) {
+  if (!severity || asked.panel !== 'overview') return readPanel(asked, signal);
+  const [whole, part] = await Promise.all([
+    readPanel(asked, signal),
+    readPanel({ ...asked, severity, block: 'timeline' }, signal),
+  ]);
+  const same = (a, b) => a.kind === 'figure' && a.run === b.run && a.id === b.id;
+  whole.blocks = whole.blocks.map((block) => part.blocks.find((b) => same(b, block)) || block);
+  return whole;
 }
 
 function tell(error) {

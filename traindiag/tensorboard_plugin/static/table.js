@@ -3,19 +3,21 @@
 import { breakable, element, number, order } from './dom.js';
 
 const SEVERITIES = ['critical', 'warning', 'info'];
+const OPEN = 2; // rows that are open from the start
 const NAMES = { critical: 'Critical', warning: 'Warning', info: 'Note', quiet: 'None' };
 const LONG = new Set(['list', 'remedies']);
 const BELOW = new Set(['cause', 'ruled_out']); // texts of several sentences
 
-// `memory` outlives a redraw: what is sorted, filtered and open stays so while the run goes on. `chosen` is the id of a
-// row to be shown open.
-export function drawTable(block, memory, go, chosen = null) {
+// `memory` outlives a redraw: what is sorted and open stays so while the run goes on. `host` offers options() (`event` is
+// the row to be shown open, `severity` what is not filtered out), go(target) and filter(levels, block).
+export function drawTable(block, memory, host) {
+  const chosen = host.options().event ?? null;
   const below = (column) => LONG.has(column.type) || BELOW.has(column.id);
   const brief = block.columns.filter((c) => !below(c));
   const long = block.columns.filter(below);
   const severity = block.columns.find((c) => c.type === 'severity');
-  memory.open ||= new Set();
-  memory.hidden ||= new Set();
+  memory.open ||= new Set(block.rows.filter((r) => r.severity && r.severity !== 'info').slice(0, OPEN).map((r) => r.id));
+  const levels = new Set((host.options().severity || SEVERITIES.join()).split(','));
   if (chosen !== null && memory.chosen !== chosen) memory.open.add(chosen);
   memory.chosen = chosen;
 
@@ -53,7 +55,8 @@ export function drawTable(block, memory, go, chosen = null) {
     for (const [id, cell] of heads) {
       cell.setAttribute('aria-sort', memory.by !== id ? 'none' : memory.descending ? 'descending' : 'ascending');
     }
-    const rows = sorted().filter(([row]) => !severity || !memory.hidden.has(row[severity.id]));
+    const hidden = (row) => severity && SEVERITIES.includes(row[severity.id]) && !levels.has(row[severity.id]);
+    const rows = sorted().filter(([row]) => !hidden(row));
     body.replaceChildren(...rows.flatMap(([row, at]) => lines(row, row.id ?? at)));
     if (!rows.length) {
       const text = block.rows.length ? 'All rows are filtered out.' : 'Nothing here.';
@@ -95,7 +98,7 @@ export function drawTable(block, memory, go, chosen = null) {
       if (column.id === 'title' && row.link) {
         const label = `Show ${row[column.id]}`;
         cell.append(
-          element('button', { type: 'button', class: 'go', title: label, onclick: () => go(targetOf(row)) }, content),
+          element('button', { type: 'button', class: 'go', title: label, onclick: () => host.go(targetOf(row)) }, content),
         );
       } else {
         cell.append(content);
@@ -106,7 +109,13 @@ export function drawTable(block, memory, go, chosen = null) {
     return details ? [line, details] : [line];
   }
 
-  if (severity) box.append(filter(block, severity, memory, fill));
+  if (severity && block.rows.length) {
+    const changed = () => {
+      fill();
+      host.filter(SEVERITIES.filter((s) => levels.has(s)));
+    };
+    box.append(filter(block, severity, levels, changed));
+  }
   box.append(
     element('div', { class: 'scroll' }, element('table', {}, element('thead', {}, head), body)),
   );
@@ -119,7 +128,7 @@ function rank(severity) {
   return at < 0 ? SEVERITIES.length : at;
 }
 
-function filter(block, severity, memory, fill) {
+function filter(block, severity, levels, changed) {
   const group = element('div', { class: 'filter', role: 'group', 'aria-label': 'Severity' });
   for (const level of SEVERITIES) {
     const count = block.rows.filter((row) => row[severity.id] === level).length;
@@ -128,11 +137,11 @@ function filter(block, severity, memory, fill) {
       {
         type: 'button',
         class: `chip ${level}`,
-        'aria-pressed': String(!memory.hidden.has(level)),
+        'aria-pressed': String(levels.has(level)),
         onclick: () => {
-          memory.hidden.has(level) ? memory.hidden.delete(level) : memory.hidden.add(level);
-          button.setAttribute('aria-pressed', String(!memory.hidden.has(level)));
-          fill();
+          levels.has(level) ? levels.delete(level) : levels.add(level);
+          button.setAttribute('aria-pressed', String(levels.has(level)));
+          changed();
         },
       },
       element('span', { class: `mark ${level}`, 'aria-hidden': 'true' }),
