@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.context import RequestContext
 from tensorboard.backend.application import TensorBoardWSGIApp
 from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
 from tensorboard.data.server_ingester import SubprocessServerDataIngester, get_server_binary
@@ -70,7 +71,7 @@ class Server:
         """The fast reader lists what it has read so far."""
         before, until = None, time.monotonic() + 20
         while time.monotonic() < until:
-            listed = self.provider.list_tensors(None, experiment_id="", plugin_name="traindiag")
+            listed = self.provider.list_tensors(RequestContext(), experiment_id="", plugin_name="traindiag")
             now = {run: {tag: s.max_step for tag, s in tags.items()} for run, tags in listed.items()}
             if now and now == before:
                 return
@@ -366,15 +367,15 @@ def test_a_large_damaged_file_that_grows_is_not_read_all_the_time(
     provider = Server(tmp_path, "python").provider
     calls.clear()
     found = runs.Runs(provider, str(tmp_path), clock=lambda: now[0])
-    found.find()
+    found.find(RequestContext(), "")
     (file,) = (tmp_path / "a").iterdir()
     for _ in range(4):
         with file.open("ab") as out:
             out.write(b"\0")
-        found.find()
+        found.find(RequestContext(), "")
     assert len(calls) == 1
     now[0] += 2.0 * runs.PATIENCE
-    found.find()
+    found.find(RequestContext(), "")
     assert len(calls) == 2
 
 

@@ -97,7 +97,7 @@ class Runs:
         """Whether the event files themselves are read."""
         return self._root is not None
 
-    def find(self, context: Any = None, experiment: str = "") -> Found:
+    def find(self, context: Any, experiment: str) -> Found:
         """Every run with training diagnostics, as it is now.
 
         Args:
