@@ -112,6 +112,7 @@ export class Board {
     const fresh = !kept.plot.classList.contains('js-plotly-plot');
     layout.uirevision ??= 'kept'; // what was zoomed stays zoomed when values come in
     markStep(layout, this.host.options().step);
+    if (layout.yaxis2) layout.yaxis2.range = [0, 1.04]; // what lies on the edge cannot be clicked
     await plotly.react(kept.plot, data, layout, CONFIG);
     if (fresh) kept.plot.on('plotly_click', (event) => this.clicked(event));
   }

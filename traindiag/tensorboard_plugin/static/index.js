@@ -50,6 +50,9 @@ export async function render() {
   onReload(() => refresh({ always: true }));
   onLink(() => {
     follow(readLink());
+    if (!state) return;
+    settle();
+    drawTabs();
     drawRuns();
     show();
   });
