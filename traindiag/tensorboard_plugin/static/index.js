@@ -200,7 +200,10 @@ async function show({ always = false } = {}) {
   const asked = query();
   const stamps = state.runs.filter((r) => asked.run.includes(r.name)).map((r) => r.stamp);
   const key = JSON.stringify([asked, stamps, state.charts]);
-  if (key === lastKey && !always) return;
+  if (key === lastKey && !always) {
+    page.root.dataset.drawn = `${shown.panel} ${asked.theme}`;
+    return;
+  }
   asking?.abort();
   asking = new AbortController();
   const mine = asking;
