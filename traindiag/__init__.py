@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.monitor import Monitor
+    from traindiag.playback.reading import read
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
@@ -83,6 +84,7 @@ __all__ = [
     "Verdict",
     "Webhook",
     "preflight",
+    "read",
     "replay",
     "replay_series",
 ]
@@ -97,6 +99,7 @@ _HOMES = {
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.playback.reading": ("read",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),

@@ -70,6 +70,7 @@ class LightningHooks(DiagnosticsCallback):
             if diagnostics.run.batch_size is None:
                 diagnostics.learn(batch_size=batch_size(batch))
         diagnostics.begin()
+        diagnostics.batch(batch, f"epoch {trainer.current_epoch}, batch {batch_idx}")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if (diagnostics := self._diagnostics) is None:

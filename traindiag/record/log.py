@@ -36,6 +36,10 @@ from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.record.signal import Lane, Signal
 
+MAX_SAMPLES = 200_000
+MAX_BYTES = 256 * 2**20
+"""What is read of one run; beyond that, samples are left out where they stand closest, as in a live history."""
+
 
 @dataclass(frozen=True)
 class LogData:
@@ -180,6 +184,7 @@ class FrameFacts:
     updates: dict[str, int]
     learning_rates: dict[str, float]
     early: bool = False
+    batches: tuple[str, ...] = ()
 
 
 @dataclass
@@ -311,15 +316,16 @@ def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
             None if pace is None else float(pace),
             {name: int(count) for name, count in updates.items()},
             {name: float(rate) for name, rate in rates.items()},
-            bool(early),
+            bool(rest and rest[0]),
+            tuple(rest[1]) if len(rest) > 1 else (),
         )
-        for step, lane, at, time, pace, updates, rates, *early in chunk["rows"]
+        for step, lane, at, time, pace, updates, rates, *rest in chunk["rows"]
     ]
 
 
 def join(segments: Sequence[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
-    history = History()
+    history = History(MAX_SAMPLES, MAX_BYTES)
     alerts: list[dict[str, Any]] = []
     repeated: list[History] = []
     for segment in segments:
@@ -331,6 +337,12 @@ def join(segments: Sequence[Segment]) -> LogData:
             history.extend(row.signal, row.steps, row.cells, row.values, unmark(row.values), segment.number)
         alerts += segment.alerts
     infos = [s.info for s in segments if s.info is not None]
+    problems = [p for s in segments for p in s.problems]
+    problems += [
+        f"{name} has more samples than are kept in memory: of the distant past some are left out"
+        for name, series in history.items()
+        if series.thinned
+    ]
     return LogData(
         run=infos[-1] if infos else RunInfo(run_id=segments[0].run),
         history=history,
@@ -338,7 +350,7 @@ def join(segments: Sequence[Segment]) -> LogData:
         coverage=next((s.coverage for s in reversed(segments) if s.coverage), ()),
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
-        problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        problems=tuple(dict.fromkeys(problems)),
         repeated=tuple(part for part in repeated if part),
     )
 

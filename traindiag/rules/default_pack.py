@@ -74,6 +74,10 @@ the largest model's gradients fell to it. Healthy tuning runs stay above 100."""
 EPSILON_FALLEN_FROM = 100.0
 """A single tensor is judged only where it came from above: key biases and the like lie below for good."""
 
+LOSS_LEFT = 0.02
+"""Share of the first loss below which small gradients are those of a model that has learned what there is to learn.
+Chosen, not measured: classifiers of the tuning runs end between 0.1 % and 1 %."""
+
 STALE_MOMENT = 5.0
 """RMS_t of 2.3 came before 28 of 30 loss spikes of arXiv 2304.13013, and is met by one step in a thousand of healthy
 small runs (8 alarms in 10,000 steps at beta2 = 0.95). Five is beyond any of them, and beyond what beta2 = 0.95
@@ -217,6 +221,7 @@ def described_rules() -> list[Described]:
                 below=EPSILON,
                 critical_below=EPSILON_CRITICAL,
                 share=0.5,
+                left=LOSS_LEFT,
                 persistence=3,
                 name="optimizer/epsilon",
             ),
@@ -228,6 +233,7 @@ def described_rules() -> list[Described]:
                 "optimizer/grad_rms_over_eps",
                 below=EPSILON,
                 fallen_from=EPSILON_FALLEN_FROM,
+                left=LOSS_LEFT,
                 persistence=3,
                 name="optimizer/fallen-to-epsilon",
             ),

@@ -20,8 +20,8 @@ def activation_blocks(view: View) -> list[Block]:
     bad = view.series("activation/nonfinite")
     return present(
         [
-            depth(view),
             view.by_place("rms-over-steps", "Size of the residual stream over time", RMS),
+            depth(view),
             view.lines("growth-exponent", "Growth over depth", "activation/growth_exponent"),
             view.lines("max", "Largest activations", "activation/max"),
             view.lines("kurtosis", "Outlier features", "activation/kurtosis"),

@@ -8,8 +8,7 @@ import numpy as np
 
 from traindiag.panels.figures.content import Block, figure
 from traindiag.panels.figures.heat import bounds_of, layer_by_head
-from traindiag.panels.figures.text import short_names
-from traindiag.panels.figures.view import View, axis_title, metric, present
+from traindiag.panels.figures.view import View, axis_title, labels_of, metric, present, sentence
 from traindiag.record.series import Series
 
 RANGE, VALUE, BOUND, ENTROPY = (
@@ -62,7 +61,7 @@ def heads(view: View) -> Block | None:
     chosen = view.options.get("signal", RANGE)
     name = chosen if chosen in there else next(iter(there), "")
     series = view.series(name)
-    if series is None:
+    if series is None or not view.wanted("heads"):
         return None
     row = view.row(series)
     scale = "entropy" if name == ENTROPY else "size"
@@ -78,7 +77,7 @@ def heads(view: View) -> Block | None:
     title = f"Layer by head: {metric(name)} at step {steps[row]}"
     if view.options.get("slider") == "inline":
         title, controls = f"Layer by head: {metric(name)}", []
-    return figure("heads", title, figured, series.signal.summary, controls)
+    return figure("heads", title, figured, sentence(series.signal.summary), controls)
 
 
 def _slide(
@@ -98,9 +97,9 @@ def _slide(
     frames, steps = [], []
     for r, data in built.items():
         at = str(int(series.steps[r]))
-        parts = [{key: trace[key] for key in ("z", "text")} for trace in data]
+        parts = [{key: trace[key] for key in ("type", "z", "text")} for trace in data]
         if marked is not None and len(parts) == 1:
-            parts.append({"z": [[None]], "text": [[""]]})
+            parts.append({"type": "heatmap", "z": [[None]], "text": [[""]]})
         frames.append({"name": at, "data": parts})
         options = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
         steps.append({"label": at, "method": "animate", "args": [[at], options]})
@@ -128,16 +127,18 @@ def _slide(
 def value_and_bound(view: View) -> Block | None:
     """The largest logit found and what it cannot exceed."""
     value, bound = view.series(VALUE), view.series(BOUND)
+    if not view.wanted("value-and-bound"):
+        return None
     if value is None:
         return view.lines("value-and-bound", "What the largest logit cannot exceed", BOUND)
     chart = view.chart(VALUE, log=_spread(value))
     picked = view.worst(value, 3)
-    labels = short_names([value.cells.label(i) for i in picked])
+    labels = labels_of(value)
     view.repeats(chart, VALUE)
     for k, i in enumerate(picked):
         if bound is not None and (at := bound.cells.position.get(value.cells.coordinates[i])) is not None:
             chart.line(
-                f"bound of {labels[k]}",
+                f"bound of {labels[i]}",
                 bound.steps,
                 bound.values[:, at],
                 bound.seen[:, at],
@@ -147,7 +148,7 @@ def value_and_bound(view: View) -> Block | None:
                 legend=False,
                 markers=False,
             )
-        chart.line(labels[k], value.steps, value.values[:, i], value.seen[:, i], colour=view.colour(k))
+        chart.line(labels[i], value.steps, value.values[:, i], value.seen[:, i], colour=view.colour(k))
     view.dress(chart, VALUE, BOUND)
     text = "Solid: the largest logit that occurred in the rows observed. Dotted: what no row can exceed."
     return figure("value-and-bound", "The largest logit and its bound", chart.figure(), text)
@@ -156,19 +157,18 @@ def value_and_bound(view: View) -> Block | None:
 def norms(view: View) -> Block | None:
     """Query and key norms of the heads whose logits are worst."""
     lead = view.series(RANGE) or view.series(VALUE) or view.series(NORMS[0])
-    if lead is None or all(view.series(n) is None for n in NORMS):
+    if lead is None or all(view.series(n) is None for n in NORMS) or not view.wanted("query-key-norms"):
         return None
-    picked = [lead.cells.coordinates[i] for i in view.worst(lead, 3)]
-    labels = short_names([lead.cells.label(i) for i in view.worst(lead, 3)])
-    chart = view.chart(*NORMS, title="norm (root mean square over tokens)")
+    picked = [(lead.cells.coordinates[i], labels_of(lead)[i]) for i in view.worst(lead, 3)]
+    chart = view.chart(*NORMS, title="norm")
     for name, dash, what in zip(NORMS, ("solid", "dash"), ("query", "key")):
         series = view.series(name)
-        for k, place in enumerate(picked if series is not None else ()):
+        for k, (place, label) in enumerate(picked if series is not None else ()):
             assert series is not None
             at = series.cells.position.get(place)
             if at is not None:
                 chart.line(
-                    f"{what}, {labels[k]}",
+                    f"{what}, {label}",
                     series.steps,
                     series.values[:, at],
                     series.seen[:, at],
@@ -178,7 +178,7 @@ def norms(view: View) -> Block | None:
     if chart.empty:
         return None
     view.dress(chart, *NORMS)
-    text = "Of the heads with the largest logits. Logits grow with the product of both norms."
+    text = "Root mean square over tokens. Logits grow with the product of both; these are the heads where they did."
     return figure("query-key-norms", "Query and key norms", chart.figure(), text)
 
 

@@ -34,6 +34,21 @@ def dimmed(colour: str, alpha: float) -> str:
     return f"rgba({r},{g},{b},{alpha:g})"
 
 
+def log_ticks(low: float, high: float, most: int = 7) -> dict[str, Any]:
+    """Ticks between two powers of ten, at 1, 2 and 5 where there are few powers, named as people write numbers.
+
+    Example:
+        >>> log_ticks(0.5, 4.2)["ticktext"], log_ticks(1.9, 2.8)["ticktext"]
+        (['10', '100', '1e3', '1e4'], ['100', '200', '500'])
+    """
+    decades = np.arange(np.floor(low), np.ceil(high) + 1)
+    found = [d + np.log10(m) for d in decades for m in ((1, 2, 5) if high - low < 2 else (1,))]
+    ticks = [t for t in found if low - 1e-9 <= t <= high + 1e-9]
+    ticks = ticks[:: max(1, -(-len(ticks) // most))]
+    values = [float(f"{10.0**t:.3g}") for t in ticks]
+    return {"tickmode": "array", "tickvals": values, "ticktext": [number(v) for v in values]}
+
+
 class Chart:
     """Collects what is drawn.
 
@@ -162,7 +177,7 @@ class Chart:
                 }
             )
 
-    def events(self, events: Sequence[Event]) -> None:
+    def events(self, events: Sequence[Event], *, legend: bool = False) -> None:
         """A mark above the chart where each event was told first, and where it became worse."""
         for severity in ("info", "warning", "critical"):
             told = [(step, e) for e in events for step, level in e.levels if level == severity]
@@ -178,6 +193,7 @@ class Chart:
                     "y": [1.0] * len(told),
                     "yaxis": "y2",
                     "cliponaxis": False,
+                    "showlegend": legend,
                     "marker": {"color": colour, "size": 10, "symbol": SYMBOLS[severity]},
                     "text": [shown(e.title) for _, e in told],
                     "customdata": [e.id for _, e in told],
@@ -185,12 +201,12 @@ class Chart:
                 }
             )
             for step, _ in told[:MAX_MARKS] if severity != "info" else ():
-                self._upright(step, colour, "dot", 1.2)
+                self.upright(step, colour, "dot", 1.2)
 
     def jobs(self, starts: Sequence[int]) -> None:
         """A line where each later job of the run went on."""
         for step in starts[:MAX_MARKS]:
-            self._upright(step, self.colours.faint, "dash", 1)
+            self.upright(step, self.colours.faint, "dash", 1)
             self.annotations.append(
                 {
                     "x": step,
@@ -213,9 +229,7 @@ class Chart:
             low, high = np.log10(self._low), np.log10(max(self._high, self._low))
             room = max(0.06 * (high - low), 0.06)
             upright["range"] = [round(float(low - room), 4), round(float(high + room), 4)]
-            if high - low > 2:
-                upright["dtick"] = max(1, round((high - low) / 6))
-            upright["exponentformat"] = "power"
+            upright |= log_ticks(float(low), float(high))
         top: dict[str, Any] = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
         laid = layout(
             self.colours,
@@ -226,6 +240,9 @@ class Chart:
             annotations=self.annotations,
             **more,
         )
+        if sum(bool(t.get("showlegend", True)) for t in self.traces) < 2:
+            laid["showlegend"] = False
+            laid["margin"]["t"] = 22
         if any(t.get("yaxis") == "y2" for t in self.traces):
             laid["yaxis2"] = top
         return {"data": self.traces, "layout": laid}
@@ -234,7 +251,8 @@ class Chart:
     def _long(self) -> bool:
         return any(t["x"] and max(t["x"]) >= 100_000 for t in self.traces)
 
-    def _upright(self, step: int, colour: str, dash: str, width: float) -> None:
+    def upright(self, step: int, colour: str, dash: str, width: float) -> None:
+        """A line over the whole height at one step."""
         self.shapes.append(
             {
                 "type": "line",

@@ -58,7 +58,6 @@ def worst_of_each(views: Sequence[View], name: str, title: str) -> Block | None:
             np.asarray(worst.data),
             ~np.ma.getmaskarray(worst),
             colour=view.colour(k),
-            dash=("solid", "dash", "dot", "dashdot")[k],
         )
     chart.limits(views[0].limits.get(name, ()))
     lacking = [view.name for view in views if view.series(name) is None]

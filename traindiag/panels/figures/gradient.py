@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from traindiag.alerts.limits import Limit
 from traindiag.panels.figures.chart import dimmed
 from traindiag.panels.figures.content import Block, figure
-from traindiag.panels.figures.view import View, present
+from traindiag.panels.figures.view import View, labels_of, present
 
 NORM, APPLIED, CLIPPED = "gradient/norm", "gradient/norm_applied", "gradient/clip_rate"
 RMS_T, SENTINEL = "optimizer/rms_t", "optimizer/sentinel_rms_t"
@@ -24,13 +21,13 @@ def gradient_blocks(view: View) -> list[Block]:
     return present(
         [
             norm(view),
+            second_moment(view),
             view.by_place(
                 "gradient-by-block",
                 "Gradient norm by place",
                 by_block,
                 note="Before clipping, on a logarithmic scale. Vanishing and exploding gradients go with depth.",
             ),
-            second_moment(view),
             ratio(view),
             epsilon(view),
             view.by_place(
@@ -100,7 +97,7 @@ def ratio(view: View) -> Block | None:
     view.middle(chart, series)
     for k, i in enumerate(view.worst(series, 3)):
         column = series.values[:, i], series.seen[:, i]
-        chart.line(_parameter(series.cells.label(i)), series.steps, *column, colour=view.colour(k))
+        chart.line(labels_of(series)[i], series.steps, *column, colour=view.colour(k))
     view.dress(chart, RATIO)
     _shade(view, chart.shapes, *USUAL_RATIO, view.colours.healthy)
     text = "Root of the summed squares of one update over that of the weights. Green: from 1e-4 to 0.1, as is usual."
@@ -116,7 +113,7 @@ def epsilon(view: View) -> Block | None:
     view.middle(chart, series)
     for k, i in enumerate(view.worst(series, 3)):
         column = series.values[:, i], series.seen[:, i]
-        chart.line(_parameter(series.cells.label(i)), series.steps, *column, colour=view.colour(k))
+        chart.line(labels_of(series)[i], series.steps, *column, colour=view.colour(k))
     view.dress(chart, EPSILON)
     floor = min((limit.value for limit in view.limits.get(EPSILON, ())), default=1.0)
     _shade(view, chart.shapes, floor * 1e-3, 1.0, view.colours.warning)
@@ -130,18 +127,6 @@ def skipped(view: View) -> Block | None:
     if series is None or not np.any(np.nan_to_num(series.values[series.seen])):
         return None
     return view.lines("skipped", "Skipped updates", "optimizer/skipped")
-
-
-def clip_limit(view: View) -> Limit | None:
-    """Where gradients are clipped, as a line."""
-    if view.log.run.clip is None:
-        return None
-    return replace(Limit(0.0, "above", "info", "clip", "clipping"), value=float(view.log.run.clip[1]))
-
-
-def _parameter(label: str) -> str:
-    """A parameter without the optimizer in front of it and without the end that all have."""
-    return label.rsplit(" ", 1)[-1].removesuffix(".weight")
 
 
 def _shade(view: View, shapes: list[dict[str, object]], low: float, high: float, colour: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from traindiag.alerts.text import number
+from traindiag.panels.figures.chart import log_ticks
 from traindiag.panels.figures.content import Figure
 from traindiag.panels.figures.numbers import Columns, Floats, kind_of, listed
 from traindiag.panels.figures.style import SCALES, Palette, axis, layout
@@ -51,18 +52,23 @@ def over_steps(
         for cell in cells:
             grid[i] = pick(grid[i], values[:, cell])
             none[i] = np.where(bad[:, cell] != 0, bad[:, cell], none[i])
-    names = [shown(n) for n in short_names([name for name, _ in rows])]
+    names = [shown(name) for name, _ in rows]
     height = int(np.clip(18 * len(rows) + 110, 190, 620))
     figure = _heat(
-        grid, none, columns.labels, names, [shown(n) for n, _ in rows], colours, scale, title, bounds, height
+        grid,
+        none,
+        columns.first.tolist(),
+        names,
+        names,
+        colours,
+        scale,
+        title,
+        bounds,
+        height,
+        words="step %{x}" if columns.whole else "worst of the samples from step %{x} on",
     )
-    ticks = [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, 8)).round())] if count else []
-    figure["layout"]["xaxis"] |= {
-        "title": {**figure["layout"]["xaxis"]["title"], "text": "step"},
-        "tickvals": ticks,
-        "ticktext": [str(int(columns.first[i])) for i in ticks],
-    }
-    figure["layout"]["meta"] = {"steps": columns.first.tolist()}
+    laid = figure["layout"]
+    laid["xaxis"] |= {"title": {**laid["xaxis"]["title"], "text": "step"}, "type": "linear"}
     return figure
 
 
@@ -132,7 +138,7 @@ def _places(series: Series) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def _heat(
     grid: Floats,
     bad: Floats,
-    columns: Sequence[str],
+    columns: Sequence[str | int],
     rows: Sequence[str],
     full: Sequence[str],
     colours: Palette,
@@ -168,7 +174,7 @@ def _heat(
         "colorscale": SCALES[scale],
         "zmin": round(low, 6),
         "zmax": round(high, 6),
-        "xgap": 1 if len(columns) <= 60 else 0,
+        "xgap": 1 if isinstance(columns[0] if columns else "", str) else 0,
         "ygap": 1 if len(rows) <= 60 else 0,
         "hoverongaps": False,
         "hovertemplate": "%{y}<br>" + words + ": %{text}<extra></extra>",
@@ -228,13 +234,8 @@ def _colourbar(colours: Palette, title: str, low: float, high: float, log: bool)
         "xpad": 8,
     }
     if log:
-        ticks = np.arange(np.ceil(low), np.floor(high) + 1)
-        if len(ticks) < 3:  # less than two decades: 1, 2, 5
-            decades = np.arange(np.floor(low), np.ceil(high) + 1)
-            ticks = np.array([d + np.log10(m) for d in decades for m in (1, 2, 5)])
-            ticks = ticks[(ticks >= low) & (ticks <= high)]
-        ticks = ticks[:: max(1, -(-len(ticks) // 7))]
-        bar |= {"tickvals": listed(ticks), "ticktext": [number(float(10.0**t)) for t in ticks]}
+        ticks = log_ticks(low, high)
+        bar |= ticks | {"tickvals": [round(float(np.log10(v)), 6) for v in ticks["tickvals"]]}
     return bar
 
 

@@ -50,7 +50,7 @@ def envelope(values: Floats, bins: int) -> Ints:
 
     Example:
         >>> envelope(np.float64([0, 9, 1, 1, 1, -5, 1, 1]), 2).tolist()
-        [0, 1, 5, 6, 7]
+        [0, 1, 4, 5, 7]
     """
     n = len(values)
     if n <= 2 * bins:
@@ -104,9 +104,9 @@ class Columns:
         self.first, self.last = steps[self.starts], steps[ends]
 
     @property
-    def labels(self) -> list[str]:
-        """``120`` or ``120-138``."""
-        return [str(a) if a == b else f"{a}-{b}" for a, b in zip(self.first.tolist(), self.last.tolist())]
+    def whole(self) -> bool:
+        """Whether each sample has a column of its own."""
+        return bool((self.first == self.last).all())
 
     def worst(self, values: Floats, seen: Bools, end: str) -> tuple[Floats, Floats]:
         """Worst finite value and one non-finite value of each column.

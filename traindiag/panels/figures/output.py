@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from traindiag.panels.figures.content import Block, figure
+from traindiag.panels.figures.content import Block
 from traindiag.panels.figures.view import View, present
 
 Z = (("output/log_z", "log Z, mean", "solid"), ("output/log_z_max_abs", "|log Z|, largest", "dash"))
@@ -18,8 +16,8 @@ LOGITS = (
 def output_blocks(view: View) -> list[Block]:
     return present(
         [
-            together(view, "log-z", "Log Z of the output logits", Z, "log Z (nat)", _Z_NOTE),
-            together(view, "logits", "Output logits", LOGITS, "logit", _LOGIT_NOTE),
+            view.together("log-z", "Log Z of the output logits", Z, "log Z (nat)", _Z_NOTE),
+            view.together("logits", "Output logits", LOGITS, "logit", _LOGIT_NOTE),
             view.lines(
                 "target-z-score",
                 "How far the target stands out",
@@ -37,24 +35,3 @@ def output_blocks(view: View) -> list[Block]:
 
 _Z_NOTE = "Far from zero as output logits drift, which cross-entropy leaves free."
 _LOGIT_NOTE = "Of up to 128 tokens of each cross-entropy call. In a run that diverges they become very negative."
-
-
-def together(
-    view: View, id: str, title: str, signals: Sequence[tuple[str, str, str]], unit: str, note: str
-) -> Block | None:
-    """Several signals in one chart: colour tells them apart, and call sites where there are several by dash."""
-    chart = view.chart(*(name for name, _, _ in signals), title=unit, log=False)
-    for k, (name, label, dash) in enumerate(signals):
-        series = view.series(name)
-        if series is None:
-            continue
-        view.repeats(chart, name)
-        several = len(series.cells) > 1
-        for i in view.worst(series, 4):
-            where = f" at {series.cells.label(i)}" if several else ""
-            column = series.values[:, i], series.seen[:, i]
-            chart.line(label + where, series.steps, *column, colour=view.colour(k), dash=dash)
-    if chart.empty:
-        return None
-    view.dress(chart, *(name for name, _, _ in signals))
-    return figure(id, title, chart.figure(), note)

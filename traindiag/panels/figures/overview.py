@@ -58,7 +58,8 @@ def health(view: View) -> list[dict[str, str]]:
             text = worst.title + ("" if running else " (over)")
         elif family in view.families:
             state, value = "quiet", "nothing found"
-            text = f"{len(view.families[family])} signals"
+            count = len(view.families[family])
+            text = f"{count} signal{'s' * (count > 1)}"
         if not events and gaps:
             text = gaps[0].reason or text
         if not events and gaps and family in view.families:
@@ -80,7 +81,7 @@ def timeline(view: View) -> list[Block]:
             column = series.values[:, i], series.seen[:, i]
             chart.line(name, series.steps, *column, colour=view.colour(i), width=1.6, markers=len(series) < 30)
     shown = chosen(view)
-    chart.events(shown)
+    chart.events(shown, legend=True)
     chart.jobs(view.jobs)
     if chart.empty:
         return []

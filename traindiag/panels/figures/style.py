@@ -167,5 +167,6 @@ def layout(colours: Palette, height: int, **more: Any) -> dict[str, Any]:
             "bgcolor": "rgba(0,0,0,0)",
         },
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": colours.faint, "activecolor": colours.text},
         **more,
     }

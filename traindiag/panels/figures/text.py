@@ -9,13 +9,13 @@ from traindiag.alerts.text import printable
 
 
 def shown(text: object) -> str:
-    """Text for plotly, which takes tags and entities of any string for markup.
+    """Text for plotly, which takes tags and entities of any string for markup, and dollars for TeX.
 
     Example:
         >>> shown("<b>layer</b> & head")
         '&lt;b&gt;layer&lt;/b&gt; &amp; head'
     """
-    return html.escape(printable(str(text)), quote=False)
+    return html.escape(printable(str(text)), quote=False).replace("$", "&#36;")
 
 
 def short_names(names: Sequence[str]) -> list[str]:

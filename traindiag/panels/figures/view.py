@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -76,6 +75,10 @@ class View:
         """A signal, if any of it was seen."""
         series = self.log.history.get(name)
         return series if series is not None and len(series) and series.seen.any() else None
+
+    def wanted(self, id: str) -> bool:
+        """Whether this block is to be built: ``block`` may ask for one of them only, as a slider does."""
+        return self.options.get("block", id) == id
 
     @cached_property
     def jobs(self) -> list[int]:
@@ -166,20 +169,51 @@ class View:
     ) -> Block | None:
         """The worst cells of one signal over steps, with its median where there are many."""
         series = self.series(name)
-        if series is None:
+        if series is None or not self.wanted(id):
             return None
         chart = self.chart(name, log=log, height=height)
         picked = list(only) if only is not None else self.worst(series)
-        labels = short_names([series.cells.label(i) for i in picked]) if len(picked) > 1 else []
+        labels = labels_of(series)
         self.repeats(chart, name)
         if len(series.cells) > len(picked):
             self.middle(chart, series)
         for k, i in enumerate(picked):
-            label = (labels[k] if labels else series.cells.label(i)) or metric(name)
+            label = labels[i] or metric(name)
             column = series.values[:, i], series.seen[:, i]
             chart.line(label, series.steps, *column, colour=self.colour(k))
         self.dress(chart, name)
-        return figure(id, title, chart.figure(), note or series.signal.summary)
+        return figure(id, title, chart.figure(), note or sentence(series.signal.summary))
+
+    def together(
+        self,
+        id: str,
+        title: str,
+        signals: Sequence[tuple[str, str, str]],
+        unit: str,
+        note: str = "",
+        *,
+        log: bool | None = False,
+    ) -> Block | None:
+        """Several signals, each ``(name, label, dash)``, in one chart: colour tells them apart, and cells by name.
+
+        With more than one cell the colour tells the cell, and the dash the signal.
+        """
+        found = [(s, label, dash) for name, label, dash in signals if (s := self.series(name)) is not None]
+        if not found or not self.wanted(id):
+            return None
+        chart = self.chart(*(s.signal.name for s, _, _ in found), title=unit, log=log)
+        several = max(len(s.cells) for s, _, _ in found) > 1
+        places: dict[str, int] = {}
+        for k, (series, label, dash) in enumerate(found):
+            self.repeats(chart, series.signal.name)
+            for i in self.worst(series, 4):
+                where = labels_of(series)[i]
+                colour = places.setdefault(where, len(places)) if several else k
+                column = series.values[:, i], series.seen[:, i]
+                said = f"{where}, {label}" if several and len(found) > 1 else where if several else label
+                chart.line(said, series.steps, *column, colour=self.colour(colour), dash=dash)
+        self.dress(chart, *(s.signal.name for s, _, _ in found))
+        return figure(id, title, chart.figure(), note)
 
     def middle(self, chart: Chart, series: Series) -> None:
         """Median of all cells and the band from the smallest to the largest."""
@@ -216,31 +250,54 @@ class View:
     def colour(self, k: int) -> str:
         return self.colours.series[k % len(self.colours.series)]
 
-    def by_place(
-        self, id: str, title: str, name: str, *, note: str = "", scale: str = "size", along: str = ""
-    ) -> Block | None:
+    def by_place(self, id: str, title: str, name: str, *, note: str = "", scale: str = "size") -> Block | None:
         """One signal as a heat map of its cells over steps."""
         series = self.series(name)
-        if series is None:
+        if series is None or not self.wanted(id):
             return None
-        figured = over_steps(series, rows_of(series, along), self.colours, scale=scale, title=axis_title(series))
-        return figure(id, title, figured, note or series.signal.summary)
+        bounds = (0.0, 1.0) if scale == "share" else None
+        rows, name = rows_of(series), axis_title(series)
+        figured = over_steps(series, rows, self.colours, scale=scale, title=name, bounds=bounds)
+        return figure(id, title, figured, note or sentence(series.signal.summary))
 
 
-def rows_of(series: Series, along: str = "") -> list[tuple[str, list[int]]]:
+def labels_of(series: Series) -> list[str]:
+    """Short names of all cells: without what they have in common, and without axes of a single place.
+
+    Example:
+        >>> from traindiag.record.catalogue import BY_NAME
+        >>> from traindiag.record.cells import Cells
+        >>> cells = Cells(("layer", "head"), (("model.blocks.0.attention", 0), ("model.blocks.1.attention", 0)))
+        >>> labels_of(Series(BY_NAME["attention/entropy"], cells))
+        ['blocks.0', 'blocks.1']
+    """
+    axes, coordinates = series.cells.axes, series.cells.coordinates
+    parts: list[list[str]] = [[] for _ in coordinates]
+    for i, axis in enumerate(axes):
+        places = list(dict.fromkeys(c[i] for c in coordinates))
+        if len(places) < 2 and len(axes) > 1:
+            continue
+        words = [f"{axis} {at}" if isinstance(at, int) else str(at) for at in places]
+        short = dict(zip(places, short_names(words)))
+        for part, c in zip(parts, coordinates):
+            part.append(short[c[i]])
+    named = [" ".join(part) or series.cells.label(k) for k, part in enumerate(parts)]
+    return named if len(set(named)) == len(named) else list(series.cells.labels)
+
+
+def rows_of(series: Series) -> list[tuple[str, list[int]]]:
     """Cells as rows of a heat map: one each where they can be told apart, else gathered by layer or block."""
-    axes = series.cells.axes
-    coordinates = series.cells.coordinates
-    single = [i for i, a in enumerate(axes) if len({c[i] for c in coordinates}) > 1 or len(axes) == 1]
-    if not along and len(coordinates) <= MAX_ROWS:
-        labels = [" ".join(_word(axes[i], c[i]) for i in single) for c in coordinates]
-        order = sorted(range(len(labels)), key=lambda k: natural(labels[k])) if "head" in axes else range(len(labels))
-        return [(labels[k] or series.cells.label(k), [k]) for k in order]
-    at = axes.index(along) if along in axes else single[0] if single else 0
-    rows: dict[Any, list[int]] = {}
+    labels = labels_of(series)
+    if len(labels) <= MAX_ROWS:
+        order = sorted(range(len(labels)), key=lambda k: natural(labels[k])) if "head" in series.cells.axes else None
+        return [(labels[k], [k]) for k in (order if order is not None else range(len(labels)))]
+    axes, coordinates = series.cells.axes, series.cells.coordinates
+    at = next((i for i in range(len(axes)) if len({c[i] for c in coordinates}) > 1), 0)
+    rows: dict[str, list[int]] = {}
     for k, c in enumerate(coordinates):
-        rows.setdefault(c[at] if len(single) > 1 or along else block_of(str(c[at])), []).append(k)
-    return [(str(name), cells) for name, cells in rows.items()]
+        name = block_of(str(c[at])) if axes[at] == "parameter" else str(c[at])
+        rows.setdefault(name, []).append(k)
+    return [(short, cells) for short, cells in zip(short_names(list(rows)), rows.values())]
 
 
 def block_of(parameter: str) -> str:
@@ -260,6 +317,27 @@ def natural(text: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", text)]
 
 
+_TITLES = {
+    "attention/logit_range": "row maximum less row mean",
+    "attention/max_logit": "largest logit",
+    "attention/max_logit_bound": "bound of the largest logit",
+    "output/target_z_score": "target's distance (SD)",
+    "gradient/block_norm": "gradient norm",
+    "gradient/parameter_norm": "gradient norm",
+    "optimizer/sentinel_rms_t": "RMS_t",
+    "optimizer/rms_t": "RMS_t",
+    "optimizer/update_ratio": "update / weights",
+    "optimizer/grad_rms_over_eps": "gradient RMS / epsilon",
+    "activation/rms": "root mean square",
+    "activation/max": "largest |x|",
+    "activation/growth_exponent": "exponent a block",
+    "loss/value": "training loss",
+    "output/log_z": "log Z",
+    "output/z_loss": "(log Z)^2",
+    "gradient/norm": "gradient norm",
+}
+
+
 def axis_title(series: Series) -> str:
     """The metric in words, with its unit.
 
@@ -270,7 +348,12 @@ def axis_title(series: Series) -> str:
         'entropy (nat)'
     """
     unit = series.signal.unit
-    return metric(series.signal.name) + ("" if unit == "1" else f" ({unit})")
+    return _TITLES.get(series.signal.name, metric(series.signal.name)) + ("" if unit == "1" else f" ({unit})")
+
+
+def sentence(text: str) -> str:
+    """A summary with a capital and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".") if text else ""
 
 
 def metric(name: str) -> str:
@@ -290,7 +373,3 @@ def present(blocks: Sequence[Block | None], otherwise: str) -> list[Block]:
     """Those that there are, or a word on why there are none."""
     found = [b for b in blocks if b is not None]
     return found or [note(otherwise)]
-
-
-def _word(axis: str, at: Any) -> str:
-    return f"{axis} {at}" if isinstance(at, int) else str(at)
