@@ -199,7 +199,9 @@ def test_nan_and_infinity_are_marked_and_absence_is_neither(server: Server) -> N
         ({"panel": "overview", "run": "resumed", "block": "x"}, 404, "no block 'x'"),
     ],
 )
-def test_what_cannot_be_given_is_refused_in_words(server: Server, query: dict[str, str], code: int, words: str) -> None:
+def test_what_cannot_be_given_is_refused_in_words(
+    server: Server, query: dict[str, str], code: int, words: str
+) -> None:
     assert words in server.json("panel", code, **query)["error"]
 
 
@@ -409,7 +411,9 @@ def test_the_entry_point_is_the_loader_and_asks_for_enough_samples() -> None:
 
 def python(code: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -49,7 +49,9 @@ def logdir(tab_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the logs, to which runs are added."""
     root = tmp_path_factory.mktemp("browser")
     shutil.copytree(tab_logs, root / "logs")
-    write_run(root / "logs" / "large", "large", range(60), cells=grid(48, 32), every=1, signals=("attention/logit_range",))
+    write_run(
+        root / "logs" / "large", "large", range(60), cells=grid(48, 32), every=1, signals=("attention/logit_range",)
+    )
     return root / "logs"
 
 
@@ -60,12 +62,24 @@ def address(logdir: Path) -> Iterator[str]:
     if "traindiag" not in {e.name for e in metadata.entry_points(group="tensorboard_plugins")}:
         installed = logdir.parent / "entry" / "traindiag_tab-0.dist-info"  # these sources are not installed
         installed.mkdir(parents=True)
-        where = re.search(r"\[project.entry-points.tensorboard_plugins\]\n(.*)", (ROOT / "pyproject.toml").read_text())
+        where = re.search(
+            r"\[project.entry-points.tensorboard_plugins\]\n(.*)", (ROOT / "pyproject.toml").read_text()
+        )
         assert where is not None
         (installed / "entry_points.txt").write_text("[tensorboard_plugins]\n" + where[1].replace('"', ""))
         (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: traindiag-tab\nVersion: 0\n")
         path.append(str(installed.parent))
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", "--reload_interval", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(logdir),
+        "--port",
+        "0",
+        "--reload_interval",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -127,7 +141,6 @@ class Tab:
     @property
     def hash(self) -> str:
         return unquote(self.page.evaluate("location.hash"))
-
 
     def check(self) -> None:
         """Nothing went wrong, and nothing came from elsewhere."""
@@ -294,7 +307,9 @@ def test_everything_can_be_reached_by_keys(tab: Tab) -> None:
     frame.focus("[data-block='heads'] input[type=range]")
     shown = frame.inner_text("[data-block='heads'] output")
     tab.page.keyboard.press("ArrowLeft")
-    frame.wait_for_function(f"document.querySelector('[data-block=heads] h3').textContent.endsWith('step ' + {PREVIOUS})")
+    frame.wait_for_function(
+        f"document.querySelector('[data-block=heads] h3').textContent.endsWith('step ' + {PREVIOUS})"
+    )
     assert frame.inner_text("[data-block='heads'] output") != shown
     unnamed = frame.evaluate(
         "[...document.querySelectorAll('button, input, select')].filter((e) => !e.closest('.plot'))"
@@ -325,7 +340,9 @@ def test_runs_are_compared_in_one_chart_and_sorted_in_a_table(tab: Tab) -> None:
     frame = tab.open("compare", "healthy/version_0")
     frame.check("[aria-label='Show unstable/version_0']")
     frame.wait_for_function("document.querySelectorAll('[data-block=runs] tbody tr').length === 2")
-    names = frame.evaluate("document.querySelector(\"[data-block='compare-loss-value'] .plot\").data.map((t) => t.name)")
+    names = frame.evaluate(
+        "document.querySelector(\"[data-block='compare-loss-value'] .plot\").data.map((t) => t.name)"
+    )
     assert {"healthy/version_0", "unstable/version_0"} <= set(names)
     column = "[...document.querySelectorAll('[data-block=runs] tbody tr')].map((r) => r.cells[7].textContent)"
     header = frame.locator("[data-block='runs'] th").nth(7)
