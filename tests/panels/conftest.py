@@ -63,8 +63,9 @@ def write_run(
 
 def hostile_alert(step: int, run: str = "bad") -> Alert:
     return Alert(
-        f"e{step}", "opened", HOSTILE, run, 0, step, 1e9, None, "critical", "slow", "attention", "attention/logit_range",
-        f"{HOSTILE} head 1", math.inf, 1e3, "threshold", title=HOSTILE, evidence=HOSTILE, cause=HOSTILE,
+        f"e{step}", "opened", HOSTILE, run, 0, step, 1e9, None, "critical", "slow", "attention",
+        "attention/logit_range", f"{HOSTILE} head 1", math.inf, 1e3, "threshold",
+        title=HOSTILE, evidence=HOSTILE, cause=HOSTILE,
         remedies=(Remedy(HOSTILE, {HOSTILE: HOSTILE}, source=HOSTILE),),
     )  # fmt: skip
 

@@ -12,16 +12,15 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.context import RequestContext
 from tensorboard.backend.application import TensorBoardWSGIApp
 from tensorboard.backend.event_processing.data_ingester import LocalDataIngester
+from tensorboard.context import RequestContext
 from tensorboard.data.server_ingester import SubprocessServerDataIngester, get_server_binary
 from tensorboard.plugins.core.core_plugin import CorePluginLoader
 from tensorboard.util import grpc_util
@@ -42,9 +41,9 @@ class Server:
 
     def __init__(self, logdir: Path, reader: str, *, known_logdir: bool = True) -> None:
         flags = Namespace(
-            logdir=str(logdir), logdir_spec="", samples_per_plugin={}, path_prefix="", window_title="", generic_data="auto",
-            purge_orphaned_data=True, max_reload_threads=1, reload_multifile=False, reload_multifile_inactive_secs=0,
-            detect_file_replacement=None, reload_interval=0, reload_task="blocking",
+            logdir=str(logdir), logdir_spec="", samples_per_plugin={}, path_prefix="", window_title="",
+            generic_data="auto", purge_orphaned_data=True, max_reload_threads=1, reload_multifile=False,
+            reload_multifile_inactive_secs=0, detect_file_replacement=None, reload_interval=0, reload_task="blocking",
         )  # fmt: skip
         Loader().fix_flags(flags)
         if reader == "fast":
@@ -97,11 +96,6 @@ class Server:
 @pytest.fixture(scope="module", params=READERS)
 def server(request: pytest.FixtureRequest, tab_logs: Path) -> Server:
     return Server(tab_logs, request.param)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    yield Server
 
 
 def blocks(content: Any, kind: str) -> list[Any]:
@@ -214,8 +208,8 @@ def test_options_may_be_anything(server: Server, step: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../tab.py", "..%2ftab.py", "%2e%2e/plugin.py", "/etc/passwd", "....//tab.py", "index.js/../../tab.py", "", "no.js",
-     "..\\tab.py", "index.js%00.css"],
+    ["../tab.py", "..%2ftab.py", "%2e%2e/plugin.py", "/etc/passwd", "....//tab.py", "index.js/../../tab.py",
+     "", "no.js", "..\\tab.py", "index.js%00.css"],
 )  # fmt: skip
 def test_the_static_route_gives_its_own_files_and_nothing_else(server: Server, name: str) -> None:
     response = server.client.get("/data/plugin/traindiag/static/" + name)
@@ -249,10 +243,8 @@ def test_only_the_page_and_the_frame_around_it_are_spoken_to() -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(
-    serve: Callable[..., Server], reader: str, tab_logs: Path
-) -> None:
-    near, far = serve(tab_logs, reader), serve(tab_logs, reader, known_logdir=False)
+def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(reader: str, tab_logs: Path) -> None:
+    near, far = Server(tab_logs, reader), Server(tab_logs, reader, known_logdir=False)
     runs_ = {r["name"]: r for r in far.json("state")["runs"]}
     assert all(r["sampled"] for r in runs_.values())
     assert set(runs_) == {r["name"] for r in near.json("state")["runs"]}
@@ -262,9 +254,9 @@ def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_run_that_goes_on_is_seen_to_go_on(serve: Callable[..., Server], reader: str, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_seen_to_go_on(reader: str, tmp_path: Path) -> None:
     write_run(tmp_path / "a", "a", range(20))
-    server = serve(tmp_path, reader)
+    server = Server(tmp_path, reader)
     (before,) = server.json("state")["runs"]
     assert (before["name"], before["step"]) == ("a", 19)
     assert server.json("state")["runs"] == [before]
@@ -276,15 +268,15 @@ def test_a_run_that_goes_on_is_seen_to_go_on(serve: Callable[..., Server], reade
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_run_that_has_just_begun_and_an_empty_folder(
-    serve: Callable[..., Server], reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Server, "await_runs", lambda self: time.sleep(0.5))
-    empty = serve(tmp_path, reader)
+    empty = Server(tmp_path, reader)
     assert empty.json("state")["runs"] == []
     assert not json.loads(empty.client.get("/data/plugins_listing").get_data())["traindiag"]["enabled"]
     write_run(tmp_path, "a", [0], signals=())
     monkeypatch.undo()
-    server = serve(tmp_path, reader)
+    server = Server(tmp_path, reader)
     (run,) = server.json("state")["runs"]
     assert run["name"] == "."
     for panel in PANELS:
@@ -307,13 +299,13 @@ def damage(kind: str, file: Path) -> None:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ["cut off", "overwritten", "descriptions", "alerts"])
 def test_damaged_data_is_shown_as_far_as_it_goes_and_said(
-    serve: Callable[..., Server], reader: str, kind: str, tmp_path: Path, tab_logs: Path
+    reader: str, kind: str, tmp_path: Path, tab_logs: Path
 ) -> None:
     shutil.copytree(tab_logs / HOSTILE, tmp_path / "bad")
     write_run(tmp_path / "good", "good", range(30))
     (file,) = (tmp_path / "bad").iterdir()
     damage(kind, file)
-    server = serve(tmp_path, reader)
+    server = Server(tmp_path, reader)
     found = {run["name"]: run for run in server.json("state")["runs"]}
     assert found["bad"]["problems"]
     assert not found["good"]["problems"]

@@ -96,6 +96,11 @@ def address(logdir: Path) -> Iterator[str]:
     process.stderr.close()
 
 
+def plot(block: str) -> str:
+    """The chart of a block, as the page's own script has it."""
+    return f"document.querySelector(\"[data-block='{block}'] .plot\")"
+
+
 class Tab:
     """The page, with everything that it says and asks for."""
 
@@ -224,9 +229,7 @@ def test_a_deep_link_opens_run_panel_step_and_place(tab: Tab, logdir: Path) -> N
     assert frame.inner_text("[data-block='heads'] output") == str(step)
     assert frame.is_checked("[aria-label='Show healthy/version_0']")
     assert not frame.is_checked("[aria-label='Show unstable/version_0']")
-    first = frame.evaluate(
-        "document.querySelector(\"[data-block='heads-over-time'] .plot\").data.map(t => t.name).find(n => /head/.test(n))"
-    )
+    first = frame.evaluate(plot("heads-over-time") + ".data.map(t => t.name).find(n => /head/.test(n))")
     assert layer.split(".")[-2] in first
     # A link that is pasted while the tab is open is followed too.
     tab.page.evaluate("location.hash = '#traindiag&p.traindiag.run=resumed%20on&p.traindiag.panel=overview'")
@@ -247,9 +250,7 @@ def test_an_alert_leads_to_its_panel_layer_and_step(tab: Tab) -> None:
     assert re.search(r"p\.traindiag\.cell=.*blocks\.\d", tab.hash)
     title = frame.inner_text("[data-block='heads'] h3")
     assert title.endswith(f"at step {frame.inner_text('[data-block=heads] output')}")
-    lines = frame.evaluate(
-        "document.querySelector(\"[data-block='heads-over-time'] .plot\").layout.shapes.filter(s => s.name === 'chosen')"
-    )
+    lines = frame.evaluate(plot("heads-over-time") + ".layout.shapes.filter(s => s.name === 'chosen')")
     assert [line["x0"] for line in lines] == [int(at[1])]
     # So does a mark above the loss.
     frame.click("#tab-overview")
@@ -324,7 +325,7 @@ PREVIOUS = "document.querySelector('[data-block=heads] output').textContent.repl
 def test_severities_are_filtered_in_table_and_timeline(tab: Tab) -> None:
     frame = tab.open(run=HOSTILE)
     rows = frame.locator("[data-block='alerts'] tr[data-severity]")
-    names = "document.querySelector(\"[data-block='timeline'] .plot\").data.map((t) => t.name)"
+    names = plot("timeline") + ".data.map(t => t.name)"
     assert rows.count() == 1
     assert "critical" in frame.evaluate(names)
     frame.click("[data-block='alerts'] .chip.critical")
