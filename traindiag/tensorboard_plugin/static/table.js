@@ -181,7 +181,7 @@ function detail(row, columns) {
       element(
         'dd',
         {},
-        entries.length === 1 && column.type === 'list'
+        entries.length === 1 && column.type !== 'remedies'
           ? plain(entries[0])
           : element(column.type === 'remedies' ? 'ol' : 'ul', {}, entries.map((e) => element('li', {}, plain(e)))),
       ),
