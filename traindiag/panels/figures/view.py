@@ -96,6 +96,11 @@ class View:
         """The last step with a value, -1 where there is none."""
         return max((int(s.steps[-1]) for s in self.log.history.values() if len(s)), default=-1)
 
+    @cached_property
+    def first_step(self) -> int:
+        """The first step with a value, -1 where there is none."""
+        return min((int(s.steps[0]) for s in self.log.history.values() if len(s)), default=-1)
+
     def row(self, series: Series) -> int:
         """The sample nearest to the step that was chosen, by default the last."""
         steps = series.steps
