@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from traindiag.engine.preflight import preflight
     from traindiag.engine.settings import Settings
     from traindiag.lightning import TrainingDiagnostics
+    from traindiag.monitors.critic_plasticity import CriticPlasticity
     from traindiag.monitors.monitor import Monitor
     from traindiag.playback.reading import read
     from traindiag.playback.replay import Replay, replay
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from traindiag.rules.loss_surge import LossSurge
     from traindiag.rules.nonfinite import NonFinite
     from traindiag.rules.output_drift import OutputDrift
+    from traindiag.rules.plasticity import EarlyLoss, LostPlasticity, PlasticityPlateau
     from traindiag.rules.resumed import OptimizerStateLost
     from traindiag.rules.rule import Rule, Verdict
     from traindiag.rules.second_moment import StaleSecondMoment
@@ -50,17 +52,21 @@ __all__ = [
     "Call",
     "Cell",
     "Cells",
+    "CriticPlasticity",
     "Diagnostics",
+    "EarlyLoss",
     "Forecast",
     "Frame",
     "Growth",
     "HFTrainingDiagnostics",
     "History",
     "LossSurge",
+    "LostPlasticity",
     "Monitor",
     "NonFinite",
     "OptimizerStateLost",
     "OutputDrift",
+    "PlasticityPlateau",
     "Preflight",
     "Raise",
     "Reading",
@@ -98,6 +104,7 @@ _HOMES = {
     "traindiag.engine.settings": ("Settings",),
     "traindiag.engine.preflight": ("preflight",),
     "traindiag.lightning": ("TrainingDiagnostics",),
+    "traindiag.monitors.critic_plasticity": ("CriticPlasticity",),
     "traindiag.monitors.monitor": ("Monitor",),
     "traindiag.playback.reading": ("read",),
     "traindiag.playback.replay": ("Replay", "replay"),
@@ -116,6 +123,7 @@ _HOMES = {
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),
+    "traindiag.rules.plasticity": ("EarlyLoss", "LostPlasticity", "PlasticityPlateau"),
     "traindiag.rules.resumed": ("OptimizerStateLost",),
     "traindiag.rules.second_moment": ("StaleSecondMoment",),
     "traindiag.rules.loss_surge": ("LossSurge",),

@@ -9,6 +9,7 @@ from typing import Any
 from traindiag.engine.yaml_actions import ACTIONS
 from traindiag.monitors.activation import ActivationMonitor
 from traindiag.monitors.attention import AttentionMonitor
+from traindiag.monitors.critic_plasticity import CriticPlasticity
 from traindiag.monitors.gradient import GradientMonitor
 from traindiag.monitors.gradient_detail import GradientDetailMonitor
 from traindiag.monitors.loss import LossMonitor
@@ -26,6 +27,7 @@ BUILT_IN: Registered = {
         for c in (
             ActivationMonitor,
             AttentionMonitor,
+            CriticPlasticity,
             GradientMonitor,
             GradientDetailMonitor,
             LossMonitor,

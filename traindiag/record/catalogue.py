@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from traindiag.record.plasticity_signals import PLASTICITY_SIGNALS
 from traindiag.record.signal import Signal
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
@@ -341,6 +342,7 @@ SIGNALS: tuple[Signal, ...] = (
         formula="[max over ranks of a checksum != its min]",
         source=_TRAINCHECK,
     ),
+    *PLASTICITY_SIGNALS,
 )
 
 BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}

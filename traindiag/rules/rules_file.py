@@ -16,6 +16,7 @@ from traindiag.rules.growth import Growth
 from traindiag.rules.loss_surge import LossSurge
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.output_drift import OutputDrift
+from traindiag.rules.plasticity import EarlyLoss, LostPlasticity, PlasticityPlateau
 from traindiag.rules.resumed import OptimizerStateLost
 from traindiag.rules.rule import Rule, Severity
 from traindiag.rules.rule_set import RuleSet
@@ -39,6 +40,9 @@ RULES: Mapping[str, Callable[..., Any]] = {
         Growth,
         StaleSecondMoment,
         OptimizerStateLost,
+        EarlyLoss,
+        LostPlasticity,
+        PlasticityPlateau,
         OutputDrift,
         LossSurge,
         Vanishing,

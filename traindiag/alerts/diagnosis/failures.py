@@ -28,6 +28,7 @@ from traindiag.alerts.diagnosis.optimizer import (
     StaleSecondMoment,
 )
 from traindiag.alerts.diagnosis.output import OutputLogitDivergence
+from traindiag.alerts.diagnosis.plasticity import LossOfPlasticity, PlasticityKept, SoftDivergence
 from traindiag.alerts.diagnosis.resume import LostOptimizerState
 from traindiag.alerts.diagnosis.wiring import (
     FrozenChanges,
@@ -55,6 +56,9 @@ FAILURES: tuple[Failure, ...] = (
     EpsilonRegime(),
     StaleSecondMoment(),
     CorruptBatch(),
+    PlasticityKept(),
+    LossOfPlasticity(),
+    SoftDivergence(),
     LearningRateTooHigh(),
     OutOfProportion(),
     ExplodingResidualStream(),
