@@ -93,5 +93,5 @@ def test_values_beyond_any_return_have_a_line() -> None:
     cells = Cells.along("module", ["critic"])
     made = history({"plasticity/q_bound_ratio": (range(5), cells, np.linspace(0.5, 2, 5)[:, None])})
     drawn = block(log(made), "plasticity", "q-bound")
-    assert [s["y0"] for s in drawn["figure"]["layout"]["shapes"] if s["y0"] == s["y1"]] == [1.0]
+    assert [s["y0"] for s in drawn["figure"]["layout"]["shapes"] if s["y0"] == s["y1"]] == [1.0, 2.0]
     np.testing.assert_allclose(trace(drawn, "critic")["y"], np.linspace(0.5, 2, 5), rtol=1e-6)

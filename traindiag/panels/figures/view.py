@@ -337,6 +337,7 @@ _TITLES = {
     "activation/max": "largest |x|",
     "activation/growth_exponent": "exponent a block",
     "loss/value": "training loss",
+    "plasticity/q_bound_ratio": "largest |Q| / largest possible return",
     "output/log_z": "log Z",
     "output/z_loss": "(log Z)^2",
     "gradient/norm": "gradient norm",
