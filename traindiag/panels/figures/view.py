@@ -76,10 +76,6 @@ class View:
         series = self.log.history.get(name)
         return series if series is not None and len(series) and series.seen.any() else None
 
-    def wanted(self, id: str) -> bool:
-        """Whether this block is to be built: ``block`` may ask for one of them only, as a slider does."""
-        return self.options.get("block", id) == id
-
     @cached_property
     def jobs(self) -> list[int]:
         """Steps at which later jobs of the run went on."""
@@ -174,7 +170,7 @@ class View:
     ) -> Block | None:
         """The worst cells of one signal over steps, with its median where there are many."""
         series = self.series(name)
-        if series is None or not self.wanted(id):
+        if series is None:
             return None
         chart = self.chart(name, log=log, height=height)
         picked = list(only) if only is not None else self.worst(series)
@@ -204,7 +200,7 @@ class View:
         With more than one cell the colour tells the cell, and the dash the signal.
         """
         found = [(s, label, dash) for name, label, dash in signals if (s := self.series(name)) is not None]
-        if not found or not self.wanted(id):
+        if not found:
             return None
         chart = self.chart(*(s.signal.name for s, _, _ in found), title=unit, log=log)
         several = max(len(s.cells) for s, _, _ in found) > 1
@@ -258,7 +254,7 @@ class View:
     def by_place(self, id: str, title: str, name: str, *, note: str = "", scale: str = "size") -> Block | None:
         """One signal as a heat map of its cells over steps."""
         series = self.series(name)
-        if series is None or not self.wanted(id):
+        if series is None:
             return None
         bounds = (0.0, 1.0) if scale == "share" else None
         rows, name = rows_of(series), axis_title(series)
