@@ -50,7 +50,7 @@ def test_a_gap_has_its_depth_and_the_step_at_which_it_was_back() -> None:
 
 def test_the_curve_is_marked_with_them() -> None:
     logs, values = gapped()
-    made = block(logs, "stability", "value")
+    made = block(logs, "stability", "old-tasks-value")
     np.testing.assert_allclose(trace(made, "old")["y"], values[:, 0], rtol=1e-6)
     mark = next(t for t in made["figure"]["data"] if t.get("mode") == "markers+text")
     assert mark["x"] == [100, 200] and mark["text"] == ["-0.5", ""]
@@ -66,7 +66,9 @@ def test_a_gap_that_stays_open_says_so() -> None:
     series = view.series("stability/value")
     assert series is not None
     assert [g.closed for g in gaps_of(view, series)] == [None]
-    marks = [t for t in block(cut, "stability", "value")["figure"]["data"] if t.get("mode") == "markers+text"]
+    marks = [
+        t for t in block(cut, "stability", "old-tasks-value")["figure"]["data"] if t.get("mode") == "markers+text"
+    ]
     assert "not back" in marks[0]["hovertext"] and marks[0]["x"] == [100]
 
 
@@ -91,5 +93,5 @@ def test_values_beyond_any_return_have_a_line() -> None:
     cells = Cells.along("module", ["critic"])
     made = history({"plasticity/q_bound_ratio": (range(5), cells, np.linspace(0.5, 2, 5)[:, None])})
     drawn = block(log(made), "plasticity", "q-bound")
-    assert [s["y0"] for s in drawn["figure"]["layout"]["shapes"] if s["y0"] == s["y1"]] == [1.0]
+    assert [s["y0"] for s in drawn["figure"]["layout"]["shapes"] if s["y0"] == s["y1"]] == [1.0, 2.0]
     np.testing.assert_allclose(trace(drawn, "critic")["y"], np.linspace(0.5, 2, 5), rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -114,6 +115,23 @@ def test_misses_are_said_first(tmp_path: Path, alerts: list[Any], said: str) -> 
     report = one(tmp_path)
     assert said in Parsed(html_page(report)).text
     assert said in markdown_report(report)
+
+
+@pytest.mark.parametrize(
+    ("told", "shown", "how"),
+    [
+        ([], 300, "rose and stayed"),
+        ([alert(120, id="j", signal="loss/value", severity="info", kind="spike")], 120, "jumped"),
+        ([alert(120, id="j", signal="loss/value", kind="nonfinite")], 300, "rose and stayed"),
+    ],
+)
+def test_what_comes_first_is_when_the_loss_showed_it(tmp_path: Path, told: list[Any], shown: int, how: str) -> None:
+    def loss(step: int) -> float:
+        return math.nan if step == 390 else 4 * 0.99**step + 1 + 2 * (step >= 300)
+
+    write_log(tmp_path, range(400), alerts=told, loss=loss)
+    found = one(tmp_path).runs[0].loss
+    assert found is not None and (found.shown, found.how) == (shown, how)
 
 
 def test_a_silent_run_is_not_called_healthy_where_nothing_was_seen(tmp_path: Path) -> None:
@@ -389,3 +407,15 @@ def test_every_colour_has_its_own_in_the_dark() -> None:
     assert set(singles) <= set(swapped)
     stops = {colour for scale in SCALES.values() for _, colour in scale}
     assert not stops & set(swapped), "a colour of a scale would change with the theme"
+
+
+def test_the_headline_is_the_worst_and_the_first_warning_what_was_said_then(tmp_path: Path) -> None:
+    told = [
+        alert(20, id="a", title="A note that becomes worse", severity="info"),
+        alert(30, id="a", title="Worse", status="escalated"),
+        alert(40, id="b", title="The worst of all", severity="critical", rule="other"),
+    ]
+    write_log(tmp_path, range(60), alerts=told)
+    text = markdown_report(one(tmp_path))
+    assert "**critical**: The worst of all." in text
+    assert "| First warning | step 30 | Worse |" in text

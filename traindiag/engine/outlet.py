@@ -94,7 +94,8 @@ class Outlet:
             self._panels.start(run, step)
             self._panels.coverage(coverage, step)
         if self._terminal is not None:
-            self._terminal.start(coverage, links(self._show) if self._show else ())
+            where = self._sink.directory if self._sink is not None else None
+            self._terminal.start(coverage, links(self._show, where) if self._show else ())
 
     def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
         """Takes one frame to be written and tells what it brought up."""

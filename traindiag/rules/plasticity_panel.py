@@ -14,8 +14,8 @@ from traindiag.record.frame import Frame
 from traindiag.rules.wording import number
 
 SETTLED = 1000
-"""Updates after which dormant units and ranks get their baseline: in the first thousand the data shape them (measured
-on DQN: 28 % to 48 % of 0.1-dormant units, srank 128 to 45, in runs that go on to learn)."""
+"""Updates after which dead and dormant units and ranks get their baseline: in the first thousand the data shape them
+(measured on DQN: 28 % to 48 % of 0.1-dormant units, srank 128 to 45, in runs that go on to learn)."""
 
 BASE_LOOKS = 3
 """Looks whose median is a baseline of that kind."""
@@ -25,7 +25,7 @@ ACTIVE_LEFT = 0.6
 0.69, with eight updates a step."""
 
 DORMANT_RISE = 0.15
-"""Rise of the share of dormant units over its baseline that counts. Ours; the level itself depends on the inputs."""
+"""Rise of the share of dormant or dead units over its baseline that counts. Ours; the level depends on the inputs."""
 
 RANK_LEFT = 0.5
 """Share of its baseline below which a rank has collapsed. Ours; arXiv 2405.00662 section 3 finds collapse in PPO
@@ -125,9 +125,6 @@ class PlasticityPanel:
         if signal == "plasticity/fau_pooled":
             first = self.first(signal, place, value)
             return sign("activity", value < ACTIVE_LEFT * first, ACTIVE_LEFT * first, f"{number(first)} at first")
-        if signal == "plasticity/dead":
-            first = self.first(signal, place, value)
-            return sign("activity", value > first + DORMANT_RISE, first + DORMANT_RISE, f"{number(first)} at first")
         if signal == "plasticity/weight_norm_ratio":
             return sign("norm", value > NORM_GROWN, NORM_GROWN, "1 at first")
         if signal == "plasticity/explained_variance":
@@ -138,8 +135,9 @@ class PlasticityPanel:
         if base is None:
             return None
         against = f"{number(base)} once settled"
-        if signal == "plasticity/dormant_025":
-            return sign("dormancy", value > base + DORMANT_RISE, base + DORMANT_RISE, against)
+        if signal in ("plasticity/dead", "plasticity/dormant_025"):
+            kind = "activity" if signal == "plasticity/dead" else "dormancy"
+            return sign(kind, value > base + DORMANT_RISE, base + DORMANT_RISE, against)
         return sign("rank", value < RANK_LEFT * base, RANK_LEFT * base, against)
 
     def _lasting(self, signal: str, module: str, sign: Sign | None, *, seen: bool) -> Sign | None:

@@ -85,8 +85,7 @@ def build(
         logs: What was recorded, by the name to be shown of each run.
         theme: ``light`` or ``dark``.
         options: What was chosen: ``step``, ``signal``, ``cell`` (the label of a cell, or how it begins),
-            ``severity``; ``slider=inline`` puts the steps of a heat map into the figure itself; ``block=heads``
-            builds no other figure of the panel, for a slider that moves.
+            ``severity``; ``slider=inline`` puts the steps of a heat map into the figure itself.
         limits: Lines to draw by signal, in place of those of the default rules.
 
     Raises:

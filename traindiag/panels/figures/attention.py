@@ -61,7 +61,7 @@ def heads(view: View) -> Block | None:
     chosen = view.options.get("signal", RANGE)
     name = chosen if chosen in there else next(iter(there), "")
     series = view.series(name)
-    if series is None or not view.wanted("heads"):
+    if series is None:
         return None
     row = view.row(series)
     scale = "entropy" if name == ENTROPY else "size"
@@ -127,8 +127,6 @@ def _slide(
 def value_and_bound(view: View) -> Block | None:
     """The largest logit found and what it cannot exceed."""
     value, bound = view.series(VALUE), view.series(BOUND)
-    if not view.wanted("value-and-bound"):
-        return None
     if value is None:
         return view.lines("value-and-bound", "What the largest logit cannot exceed", BOUND)
     chart = view.chart(VALUE, log=_spread(value))
@@ -157,7 +155,7 @@ def value_and_bound(view: View) -> Block | None:
 def norms(view: View) -> Block | None:
     """Query and key norms of the heads whose logits are worst."""
     lead = view.series(RANGE) or view.series(VALUE) or view.series(NORMS[0])
-    if lead is None or all(view.series(n) is None for n in NORMS) or not view.wanted("query-key-norms"):
+    if lead is None or all(view.series(n) is None for n in NORMS):
         return None
     picked = [(lead.cells.coordinates[i], labels_of(lead)[i]) for i in view.worst(lead, 3)]
     chart = view.chart(*NORMS, title="norm")

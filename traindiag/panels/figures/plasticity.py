@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from traindiag.alerts.limits import Limit
-from traindiag.panels.figures.content import Block, figure
-from traindiag.panels.figures.view import View, metric, present, sentence
+from traindiag.panels.figures.content import Block
+from traindiag.panels.figures.view import View, metric, present
 
 _P = "plasticity/"
-
-BELIEVABLE = Limit(1.0, "above", "warning", "", "values beyond any return")
 
 
 def plasticity_blocks(view: View) -> list[Block]:
@@ -33,7 +30,7 @@ def plasticity_blocks(view: View) -> list[Block]:
             "Dead: active on less than 1 % of the states. Dormant: next to nothing of the layer's mean activity.",
         ),
         view.by_place("fau-by-layer", "Active units, layer by layer", _P + "fau", scale="share"),
-        bound(view),
+        view.lines("q-bound", "Values against what any return can be", _P + "q_bound_ratio"),
         view.together(
             "q",
             "Values of the critic",
@@ -72,22 +69,6 @@ def plasticity_blocks(view: View) -> list[Block]:
         ),
     ]
     return present(blocks + _others(view), "Nothing was measured of plasticity in this run: no monitor of it was on.")
-
-
-def bound(view: View) -> Block | None:
-    """The largest value against what any return can be; with its limit whatever the rules are."""
-    series = view.series(_P + "q_bound_ratio")
-    if series is None:
-        return None
-    chart = view.chart(series.signal.name, title="largest |Q| / largest possible return")
-    for k, i in enumerate(view.worst(series)):
-        column = series.values[:, i], series.seen[:, i]
-        chart.line(series.cells.label(i), series.steps, *column, colour=view.colour(k))
-    view.dress(chart, series.signal.name)
-    if not view.limits.get(series.signal.name):
-        chart.limits([BELIEVABLE])
-    text = sentence(series.signal.summary)
-    return figure("q-bound", "Values against what any return can be", chart.figure(), text)
 
 
 _SHOWN = {

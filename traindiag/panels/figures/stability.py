@@ -18,6 +18,8 @@ from traindiag.record.series import Series
 _S = "stability/"
 MOST_GAPS = 4
 """Gaps that are marked with their depth, the deepest; more would lie over each other."""
+SHALLOW = 0.1
+"""Share of the deepest gap below which one is not marked."""
 CLOSED = 0.95
 """Share of a gap from which on it counts as closed."""
 
@@ -100,14 +102,14 @@ def tasks(view: View, name: str, title: str) -> Block | None:
         chart.line(labels[i], series.steps, *column, colour=view.colour(i))
     _mark_shifts(view, chart)
     gaps = sorted(gaps_of(view, series), key=lambda g: -g.depth)
-    for gap in gaps[:MOST_GAPS]:
+    for gap in [g for g in gaps if g.depth > SHALLOW * gaps[0].depth][:MOST_GAPS]:
         _mark_gap(view, chart, gap, labels[gap.task])
     view.dress(chart, name)
     text = (
         "Upright lines: training became another one. Open circles: the worst value since, with its distance from the "
     )
     text += "level before; a full circle where 95 % of it had closed again."
-    return figure(metric(name), title, chart.figure(), text)
+    return figure(f"old-tasks-{metric(name)}", title, chart.figure(), text)
 
 
 def shifts(view: View) -> list[tuple[int, str]]:

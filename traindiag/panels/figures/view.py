@@ -76,10 +76,6 @@ class View:
         series = self.log.history.get(name)
         return series if series is not None and len(series) and series.seen.any() else None
 
-    def wanted(self, id: str) -> bool:
-        """Whether this block is to be built: ``block`` may ask for one of them only, as a slider does."""
-        return self.options.get("block", id) == id
-
     @cached_property
     def jobs(self) -> list[int]:
         """Steps at which later jobs of the run went on."""
@@ -95,6 +91,11 @@ class View:
     def last_step(self) -> int:
         """The last step with a value, -1 where there is none."""
         return max((int(s.steps[-1]) for s in self.log.history.values() if len(s)), default=-1)
+
+    @cached_property
+    def first_step(self) -> int:
+        """The first step with a value, -1 where there is none."""
+        return min((int(s.steps[0]) for s in self.log.history.values() if len(s)), default=-1)
 
     def row(self, series: Series) -> int:
         """The sample nearest to the step that was chosen, by default the last."""
@@ -169,7 +170,7 @@ class View:
     ) -> Block | None:
         """The worst cells of one signal over steps, with its median where there are many."""
         series = self.series(name)
-        if series is None or not self.wanted(id):
+        if series is None:
             return None
         chart = self.chart(name, log=log, height=height)
         picked = list(only) if only is not None else self.worst(series)
@@ -199,7 +200,7 @@ class View:
         With more than one cell the colour tells the cell, and the dash the signal.
         """
         found = [(s, label, dash) for name, label, dash in signals if (s := self.series(name)) is not None]
-        if not found or not self.wanted(id):
+        if not found:
             return None
         chart = self.chart(*(s.signal.name for s, _, _ in found), title=unit, log=log)
         several = max(len(s.cells) for s, _, _ in found) > 1
@@ -253,7 +254,7 @@ class View:
     def by_place(self, id: str, title: str, name: str, *, note: str = "", scale: str = "size") -> Block | None:
         """One signal as a heat map of its cells over steps."""
         series = self.series(name)
-        if series is None or not self.wanted(id):
+        if series is None:
             return None
         bounds = (0.0, 1.0) if scale == "share" else None
         rows, name = rows_of(series), axis_title(series)
@@ -332,6 +333,7 @@ _TITLES = {
     "activation/max": "largest |x|",
     "activation/growth_exponent": "exponent a block",
     "loss/value": "training loss",
+    "plasticity/q_bound_ratio": "largest |Q| / largest possible return",
     "output/log_z": "log Z",
     "output/z_loss": "(log Z)^2",
     "gradient/norm": "gradient norm",

@@ -40,12 +40,6 @@ class LossStory:
     risen: int | None
     six_sigma: tuple[int, ...]
 
-    @property
-    def shown(self) -> int | None:
-        """The step at which the loss showed it, in one way or the other."""
-        known = [s for s in (self.nonfinite, self.risen) if s is not None]
-        return min(known, default=None)
-
 
 def loss_story(series: Series | None) -> LossStory | None:
     """Reads the loss of a run; with several optimizers the first cell that shows something counts.

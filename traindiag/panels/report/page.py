@@ -21,7 +21,15 @@ from traindiag.panels.report.markdown import markdown_report
 from traindiag.panels.report.story import Report, ReportedRun, Verdict, configuration, settings_of, verdict
 
 _HERE = Path(__file__).parent
-WIDE = ("timeline", "heads-over-steps", "gradient-by-block", "update-ratio-by-parameter", "rms-over-steps")
+WIDE = (
+    "timeline",
+    "heads-over-steps",
+    "gradient-by-block",
+    "update-ratio-by-parameter",
+    "rms-over-steps",
+    "old-tasks-value",
+    "old-tasks-loss",
+)
 """Figures that take the whole width: what has a row a place, and the loss."""
 MOST_COLUMNS = 3
 """Runs that stand side by side; more are compared in one chart and a table."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from traindiag.alerts.text import number
+from traindiag.panels.figures.events import events_of
 from traindiag.panels.figures.view import View
-from traindiag.panels.report.loss import LossStory, loss_story
+from traindiag.panels.report.loss import loss_story
 from traindiag.record.log import LogData
 
 
@@ -95,23 +96,32 @@ class Verdict:
 
 def reported(name: str, log: LogData, source: str = "", notes: Sequence[str] = ()) -> ReportedRun:
     """A run with what its loss alone would have told: the rule of 6 standard deviations is replayed over it."""
-    return ReportedRun(name, log, source, _shown(loss_story(log.history.get("loss/value"))), tuple(notes))
+    return ReportedRun(name, log, source, _shown(log), tuple(notes))
 
 
-def _shown(story: LossStory | None) -> LossShown | None:
+def _shown(log: LogData) -> LossShown | None:
+    story = loss_story(log.history.get("loss/value"))
     if story is None:
         return None
-    shown, spoke = story.shown, story.six_sigma
-    how = "became NaN or infinite" if shown is not None and shown == story.nonfinite else "rose and stayed"
-    early = sum(s < shown for s in spoke) if shown is not None else 0
-    return LossShown(story.steps, shown, how, spoke[0] if spoke else None, len(spoke), early)
+    events, _ = events_of(log.alerts)
+    jumps = [a.step for e in events for a in e.messages if a.signal == "loss/value" and a.kind != "nonfinite"]
+    ways = (
+        (story.nonfinite, "became NaN or infinite"),
+        (story.risen, "rose and stayed"),
+        (min(jumps, default=None), "jumped"),
+    )
+    step, how = min(((s, words) for s, words in ways if s is not None), key=lambda w: w[0], default=(None, ""))
+    spoke = story.six_sigma
+    early = sum(s < step for s in spoke) if step is not None else 0
+    return LossShown(story.steps, step, how, spoke[0] if spoke else None, len(spoke), early)
 
 
 def verdict(run: ReportedRun, view: View) -> Verdict:
     """Sums a run up: first warning, when the loss showed it, when a 6-sigma rule spoke, and what was missed."""
     told = [e for e in view.events if e.severity != "info"]
-    warned = min((step for e in told for step, level in e.levels if level != "info"), default=None)
-    first = next((e for e in told if any(step == warned for step, level in e.levels if level != "info")), None)
+    at = [(step, level, e) for e in told for step, level in e.levels if level != "info"]
+    warned, level, first = min(at, key=lambda found: found[0], default=(None, "plain", None))
+    said = next((a for a in first.messages if a.step == warned), first.opened) if first is not None else None
     critical = [e for e in told if e.severity == "critical"]
     state = "critical" if critical else "warning" if told else "info" if view.events else "quiet"
     if not view.families:
@@ -122,8 +132,8 @@ def verdict(run: ReportedRun, view: View) -> Verdict:
         (
             "First warning",
             "none" if warned is None else f"step {warned:,}",
-            first.opened.title or first.opened.rule if first is not None else "nothing at warning or above",
-            "plain" if first is None else next(level for _, level in first.levels if level != "info"),
+            said.title or said.rule if said is not None else "nothing at warning or above",
+            level,
         ),
         _loss_fact(loss, shown, warned),
         _sigma_fact(loss, warned),
@@ -131,7 +141,7 @@ def verdict(run: ReportedRun, view: View) -> Verdict:
     ]
     return Verdict(
         state,
-        _headline(state, first.title if first is not None else "", warned, shown, loss),
+        _headline(state, (critical or told or view.events)[0].title if view.events else "", warned, shown, loss),
         tuple(facts),
         tuple(_sentences(view, loss, warned, shown)),
     )
@@ -175,7 +185,8 @@ def _sigma_fact(loss: LossShown | None, warned: int | None) -> tuple[str, str, s
 
 def _length_fact(view: View) -> tuple[str, str, str, str]:
     planned = view.log.run.length
-    value = "none" if view.last_step < 0 else f"{view.last_step + 1:,}"
+    first = view.first_step
+    value = "none" if first < 0 else f"{first:,}-{view.last_step:,}" if first else f"{view.last_step + 1:,}"
     note = "" if planned is None else f"of {planned:,} planned"
     jobs = len(view.log.segments)
     note += f"{', ' if note else ''}{jobs} jobs" if jobs > 1 else ""
