@@ -136,19 +136,19 @@ def test_a_loss_that_jumps_is_found_at_its_step_and_evaluated_from_the_next_one_
 
 
 def test_a_learning_rate_that_doubles_and_an_optimizer_that_forgets_are_found() -> None:
-    run = Run(gap())
+    run = Run(gap(every=1000))
 
     def raise_it(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.param_groups[0]["lr"] *= 2.5
 
     def reset(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.state.clear()
 
     run.go(120, before=raise_it).go(120, before=reset).end()
-    assert reasons(run) == {60: {"learning rate raised"}, 180: {"optimizer reset"}}
-    assert {*range(61, 110), *range(181, 230)} <= set(run.steps("loss"))  # at once, though nothing stirs
+    assert reasons(run) == {63: {"learning rate raised"}, 183: {"optimizer reset"}}
+    assert {*range(64, 113), *range(184, 233)} <= set(run.steps("loss"))  # at once, though nothing stirs
 
 
 def test_another_data_set_is_found_and_the_same_one_in_another_loader_is_not() -> None:
