@@ -267,6 +267,34 @@ def test_a_run_that_goes_on_is_seen_to_go_on(reader: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_of_many_runs_the_latest_are_read_and_others_when_they_are_chosen(
+    reader: str, tab_logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = runs.read_file
+    monkeypatch.setattr(runs, "read_file", lambda file: read.append(file.parent.name) or original(file))
+    monkeypatch.setattr(runs, "EAGER_BYTES", 0)
+    server = Server(tab_logs, reader)
+    found = {r["name"]: r for r in server.json("state")["runs"]}
+    assert not read and not any(r["read"] for r in found.values())
+    assert set(found) == {"healthy/version_0", "unstable/version_0", HOSTILE, "resumed + resumed on"}
+    assert found["resumed + resumed on"]["step"] == 159
+    server.json("panel", run="resumed", panel="overview")
+    assert read == ["resumed", "resumed on"]
+    found = {r["name"]: r for r in server.json("state")["runs"]}
+    assert [name for name, r in found.items() if r["read"]] == ["resumed + resumed on"]
+    server.json("panel", run=HOSTILE, panel="overview")
+    server.json("panel", run="resumed", panel="output")
+    assert read == ["resumed", "resumed on", HOSTILE]
+    monkeypatch.setattr(runs, "KEPT_BYTES", 0)
+    server.json("panel", run=HOSTILE, panel="overview")
+    assert [r["name"] for r in server.json("state")["runs"] if r["read"]] == []
+    size = sum(f.stat().st_size for f in (tab_logs / HOSTILE).iterdir())
+    monkeypatch.setattr(runs, "EAGER_BYTES", 10 * size)
+    assert server.json("state")["runs"][0]["read"]
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_run_that_has_just_begun_and_an_empty_folder(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

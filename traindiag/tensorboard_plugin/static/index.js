@@ -302,8 +302,8 @@ function drawRuns() {
     ...state.runs
       .filter((run) => run.name.toLowerCase().includes(wanted))
       .map((run) => {
-        const level = run.severity || 'quiet';
-        const words = { critical: 'critical alerts', warning: 'warnings', info: 'notes', quiet: 'no alerts' }[level];
+        const level = run.read ? run.severity || 'quiet' : 'unseen';
+        const words = { critical: 'critical alerts', warning: 'warnings', info: 'notes', quiet: 'no alerts', unseen: 'not read yet' }[level];
         const box = element('input', {
           type: 'checkbox',
           'aria-label': `Show ${run.name}`,
