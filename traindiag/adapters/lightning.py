@@ -62,6 +62,10 @@ class LightningHooks(DiagnosticsCallback):
         self._losses = []
         self._diagnostics = diagnostics
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._diagnostics is not None:
+            self._diagnostics.data(trainer.train_dataloader)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (diagnostics := self._diagnostics) is None:
             return

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,13 @@ from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
+from traindiag.record.log import LogData
 from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.transfer.ranks import world_size
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 STATE_VERSION = 1
 _PATIENCE = 2.0  # seconds for other ranks' last message after an exception
@@ -123,7 +127,13 @@ class Diagnostics:
         )
         active = [m for m in monitors if m.lane == "active"]
         self._active = ActiveLane(active, self.models, device, strict=strict, report=report) if active else None
-        self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
+        self._judge = Judge(
+            self.settings.build_rules(),
+            self.run.run_id,
+            strict=strict,
+            report=report,
+            impatient=any(m.impatient for m in monitors),
+        )
         self._decisions = Decisions(self.settings.actions, save, self._tell)
         self._has_early = any(m.early for m in self._slow.monitors.values())
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
@@ -136,6 +146,7 @@ class Diagnostics:
         self._heard: list[_Heard] = []
         self._hearing = False
 
+        self._data: list[object] | None = None
         self._armed = False
         self._in_step = False
         self._sampling = False
@@ -201,6 +212,24 @@ class Diagnostics:
         rows = coverage_of(attention, outputs, self.watched, self.history, families)
         off = self._off_by_family()
         return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
+
+    def plot(self, what: str = "timeline", *, theme: str = "light", **options: str) -> Figure:
+        """A figure of what was measured so far, for a notebook.
+
+        Args:
+            what: A figure of the report by its id, such as ``timeline`` or ``heads-over-time``, or a signal by name.
+            theme: ``light`` or ``dark``.
+            **options: Such as ``step="100"``.
+
+        Raises:
+            ModuleNotFoundError: With what to install, if plotly is missing.
+            ValueError: If there is neither such a figure nor such a signal.
+        """
+        from traindiag.panels.notebook import plot
+
+        alerts = tuple(alert.to_dict() for alert in self.alerts)
+        log = LogData(self.run, self.history, alerts, self.coverage, (), (), ())
+        return plot(log, what, theme=theme, **options)
 
     @property
     def overhead(self) -> float:
@@ -296,6 +325,21 @@ class Diagnostics:
         """Tells in which context the trainer runs its forward passes, for those of active monitors."""
         if self._active is not None:
             self._active.precision = precision
+
+    def data(self, source: object) -> None:
+        """Tells where batches come from; monitors are told where that is another data set than it was.
+
+        Args:
+            source: A loader, or loaders in a list or mapping. A loader that was made anew over the same data set is
+                no change.
+        """
+        if self._failed:
+            return
+        with self.border:
+            before, self._data = self._data, _data_sets(source)
+            if before is not None and [id(d) for d in before] != [id(d) for d in self._data]:
+                for lane in self._lanes():
+                    lane.each("data_changed")
 
     def begin(self, inside: nn.Module | None = None) -> None:
         """A micro-batch begins; the first one of a step begins the step.
@@ -634,6 +678,8 @@ class Diagnostics:
         if not self._armed:
             self._arm()
         self._slow.early = self._early  # not before: all monitors are armed in such a step too
+        if self.step_count == 0 and self._active is not None:
+            self._active.start()
         self._outlet.start(self.run, self.segment, self.step_count)
 
     def _before_update(
@@ -869,6 +915,14 @@ class Diagnostics:
         self._outlet.say(
             f"expected the loss as a tensor with one value, got {got}; loss/value is not recorded, everything else is"
         )
+
+
+def _data_sets(source: object) -> list[object]:
+    if isinstance(source, Mapping):
+        return [d for part in source.values() for d in _data_sets(part)]
+    if isinstance(source, (list, tuple)):
+        return [d for part in source for d in _data_sets(part)]
+    return [getattr(source, "dataset", source)]
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:

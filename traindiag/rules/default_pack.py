@@ -19,12 +19,14 @@ from traindiag.rules.resumed import OptimizerStateLost
 from traindiag.rules.rule import Rule
 from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.spike import Spike
+from traindiag.rules.stability import TaskGap
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.vanishing import Vanishing
 from traindiag.rules.wiring import FrozenChanged, Owners, ReplicasDiffer, Unchanged, Ungraded
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
 _TUNING = "tuning runs of the early-warning benchmark"
+_CONTINUAL_RUNS = "tuning runs of a byte-level Transformer from English to Python and of rotated digits"
 _INVARIANT = "an invariant: TrainCheck (Jiang et al. 2025, OSDI)"
 
 LOGIT_DAMAGE = 1e3
@@ -370,6 +372,11 @@ def described_rules() -> list[Described]:
             LossSurge(),
             "a loss that gives back nearly half of what was learned in one step",
             _TUNING,
+        ),
+        Described(
+            TaskGap(),
+            "an old task that falls after a shift, and whether it comes back",
+            f"stability gap: arXiv 2205.13452; {_CONTINUAL_RUNS}",
         ),
         Described(
             EarlyLoss(),
