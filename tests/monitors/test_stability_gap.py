@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from traindiag import Diagnostics, StabilityGap
+from traindiag import Diagnostics, StabilityGap, replay
 from traindiag.engine.lanes import MonitorFault
 
 INPUTS = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
@@ -49,7 +50,8 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         self.monitor = monitor
         monitors = [] if monitor is None else [monitor]
-        options = {"terminal": False, "strict": True, "default_monitors": False, "max_overhead": None, **settings}
+        options: dict[str, Any] = {"terminal": False, "strict": True, "default_monitors": False, "max_overhead": None}
+        options |= settings
         self.diagnostics = Diagnostics(self.model, self.optimizer, monitors=monitors, **options)
         self.generator = torch.Generator().manual_seed(1)
         self.losses: list[Tensor] = []
@@ -205,7 +207,7 @@ def test_gradients_are_those_of_both_tasks() -> None:
     assert cosine == pytest.approx(torch.cosine_similarity(new, old, dim=0).item(), rel=1e-3)
 
 
-def test_an_interrupted_run_is_told_what_an_unbroken_one_is() -> None:
+def test_an_interrupted_run_is_told_what_an_unbroken_one_is(tmp_path: Path) -> None:
     def turn(monitor: StabilityGap) -> None:
         monitor.mark_shift("sign")
 
@@ -219,14 +221,14 @@ def test_an_interrupted_run_is_told_what_an_unbroken_one_is() -> None:
         if cut > 150:
             turn(first)
             before.go(cut - 150, -1.0)
-        state = {k: before.diagnostics.state_dict() for k in ("diagnostics",)}
-        torch.save(state, "/dev/null")
+        torch.save(before.diagnostics.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
         model, optimizer = before.model.state_dict(), before.optimizer.state_dict()
         after = Run(second)
         after.model.load_state_dict(model)
         after.optimizer.load_state_dict(optimizer)
         after.generator.set_state(before.generator.get_state())
-        after.diagnostics.load_state_dict(state["diagnostics"])
+        after.diagnostics.load_state_dict(state)
         if cut < 150:
             after.go(150 - cut)
             turn(second)
@@ -386,3 +388,13 @@ def test_a_second_run_with_the_same_monitor_begins_anew() -> None:
         run = Run(monitor).go(10, -1.0).end()
     assert reasons(run) == {0: {"second"}}
     assert run.steps("loss") == list(range(10))
+
+
+def test_the_log_tells_again_what_was_told(tmp_path: Path) -> None:
+    monitor = gap()
+    run = Run(monitor, log_dir=tmp_path).go(100).go(20, -1.0)
+    monitor.mark_shift("back")
+    live = run.go(30).end().diagnostics.alerts
+    (replayed,) = replay(tmp_path).runs
+    assert [a.to_dict() for a in replayed.alerts] == [a.to_dict() for a in live]
+    assert {a.status for a in live} >= {"opened", "closed"}
