@@ -130,7 +130,7 @@ class ByteModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class _Bar(RichProgressBar):
+class Bar(RichProgressBar):
     """Room on a narrow terminal for the loss: the folder's number is told at the end."""
 
     def get_metrics(
@@ -155,7 +155,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
     loader = DataLoader(Windows(train_text, settings.steps * batch, length, settings.seed), batch)
     held_out = DataLoader(Windows(validation_text, VALIDATION_WINDOWS, length, _VALIDATION_SEED), 64)
     module = ByteModel(settings)
-    with _quiet():
+    with quiet():
         trainer = Trainer(
             accelerator="cpu",  # so small a model gains nothing from an accelerator, and the numbers stay comparable
             devices=1,
@@ -164,7 +164,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
             num_sanity_val_steps=0,
             log_every_n_steps=10,
             logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [_Bar(leave=True)])],
+            callbacks=[*callbacks, *([] if log_root is None else [Bar(leave=True)])],
             enable_progress_bar=log_root is not None,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -182,7 +182,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning's notes on devices, workers and short runs are right, and would hide the story."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
