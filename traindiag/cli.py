@@ -65,8 +65,14 @@ def signals(
     console.print(rules_table(described_rules()))
 
 
-@app.command()
+demos = typer.Typer(invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(demos, name="demo")
+_DEMO_LOGS = typer.Option(help="Where a folder for this run is made.")
+
+
+@demos.callback()
 def demo(
+    context: typer.Context,
     healthy: Annotated[bool, typer.Option("--healthy", help="Train the same model well; it stays silent.")] = False,
     lr: Annotated[float | None, typer.Option(min=0.0, help="Peak learning rate [default: too high].")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
@@ -75,9 +81,14 @@ def demo(
     qk_norm: Annotated[bool, typer.Option("--qk-norm", help="LayerNorm on queries and keys.")] = False,
     z_loss: Annotated[float, typer.Option(min=0.0, help="Weight of the z-loss, 1e-4 is usual.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the data.")] = 0,
-    log_dir: Annotated[Path, typer.Option(help="Where a folder for this run is made.")] = Path("traindiag-demo"),
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
 ) -> None:
-    """Train a small Transformer on Python's own source at too high a learning rate, and be warned."""
+    """Train a small Transformer on Python's own source at too high a learning rate, and be warned.
+
+    Or choose another demo below.
+    """
+    if context.invoked_subcommand is not None:
+        return
     if healthy and lr is not None:
         raise typer.BadParameter("--healthy chooses the learning rate itself; leave out --lr or --healthy")
     from traindiag.demo.run import HEALTHY_LR, UNSTABLE_LR, Settings
@@ -96,6 +107,20 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     show(settings, log_dir)
+
+
+@demos.command()
+def rl(
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, exploration and environment.")] = 0,
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
+) -> None:
+    """Train two agents that swing up a pendulum: a healthy one, and one whose critic is ruined before it acts."""
+    from traindiag.demo.rl.show import show
+
+    try:
+        show(seed, log_dir)
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 _RULES = typer.Option(

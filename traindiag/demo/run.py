@@ -130,7 +130,7 @@ class ByteModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Bar(RichProgressBar):
+class ProgressBar(RichProgressBar):
     """Room on a narrow terminal for the loss: the folder's number is told at the end."""
 
     def get_metrics(
@@ -164,7 +164,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
             num_sanity_val_steps=0,
             log_every_n_steps=10,
             logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [Bar(leave=True)])],
+            callbacks=[*callbacks, *([] if log_root is None else [ProgressBar(leave=True)])],
             enable_progress_bar=log_root is not None,
             enable_model_summary=False,
             enable_checkpointing=False,

@@ -15,11 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from traindiag.demo.rl.agent import Agent, AgentSettings
-from traindiag.demo.run import Bar, quiet
+from traindiag.demo.run import ProgressBar, quiet
 from traindiag.rules.adaptive_replay import AdaptiveReplayRatio
 
 CHUNK = 10
 """Updates of priming, or environment steps, in what Lightning takes for a batch."""
+
+PRIMING = 3000
+PRIMING_LR = 0.4
+"""Steps so large that they push most units below zero for all states, for good: Adam's step is about the learning rate,
+whatever the gradient. At the ordinary rate the same priming did no lasting harm to so small a task."""
 
 EPISODES = 10
 """Episodes that a return is averaged over."""
@@ -33,24 +38,31 @@ class Settings:
         agent: The agent.
         steps: Environment steps, a multiple of ten.
         ratio: Updates per environment step.
-        priming: Updates on the first ``primed_on`` transitions before the agent acts any further, a multiple of ten.
+        priming: Updates on the first ``primed_on`` transitions while the agent does not act, a multiple of ten.
+        primed_at: Environment step at which that happens, a multiple of ten.
         priming_lr: Learning rate of those.
         primed_on: As above.
+        reset: Whether the critic gets fresh weights after priming, all else as it was.
     """
 
     agent: AgentSettings = field(default_factory=AgentSettings)
-    steps: int = 8000
+    steps: int = 6000
     ratio: float = 1.0
     priming: int = 0
-    priming_lr: float = 0.03
+    primed_at: int = 1000
+    priming_lr: float = PRIMING_LR
     primed_on: int = 200
+    reset: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "priming"):
+        for name in ("steps", "priming", "primed_at"):
             if getattr(self, name) < 0 or getattr(self, name) % CHUNK:
                 raise ValueError(f"{name} must be a multiple of {CHUNK}, got {getattr(self, name)}")
-        if not self.agent.random_steps < self.steps:
-            raise ValueError(f"steps must be more than the {self.agent.random_steps} random ones, got {self.steps}")
+        if self.agent.random_steps % CHUNK or not self.agent.random_steps <= self.primed_at < self.steps:
+            raise ValueError(
+                f"expected random_steps, a multiple of {CHUNK}, then primed_at, then steps; got "
+                f"{self.agent.random_steps}, {self.primed_at} and {self.steps}"
+            )
         if not 0 < self.primed_on <= self.agent.random_steps:
             raise ValueError(f"primed_on must be 1 to {self.agent.random_steps}, got {self.primed_on}")
         for name in ("ratio", "priming_lr"):
@@ -62,9 +74,16 @@ class Settings:
         """What Lightning counts: a batch is ten updates of priming or ten environment steps."""
         return (self.priming + self.steps - self.agent.random_steps) // CHUNK
 
+    @property
+    def primed(self) -> range:
+        """Those batches that are priming."""
+        first = (self.primed_at - self.agent.random_steps) // CHUNK
+        return range(first, first + self.priming // CHUNK)
+
     def env_step(self, step: int) -> int:
         """Environment steps that were done when a step of Lightning's, which the diagnostics name, was over."""
-        return self.agent.random_steps + max(0, step + 1 - self.priming // CHUNK) * CHUNK
+        of_priming = min(max(0, step + 1 - self.primed.start), len(self.primed))
+        return self.agent.random_steps + (step + 1 - of_priming) * CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +128,12 @@ class Learner(LightningModule):
     def training_step(self, batch: Sequence[Tensor], index: int) -> None:
         """Ten updates of priming, or ten environment steps with the updates that belong to them."""
         s = self.settings
-        if index * CHUNK < s.priming:
+        if index in s.primed:
             for _ in range(CHUNK):
                 self._update(s.priming_lr, s.primed_on)
         else:
+            if s.reset and index == s.primed.stop:
+                self._reset()
             for _ in range(CHUNK):
                 self.agent.act()
                 for _ in range(self.pace.updates()):
@@ -133,6 +154,14 @@ class Learner(LightningModule):
         self.manual_backward(loss)
         optimizer.step()
         self.agent.follow()
+
+    def _reset(self) -> None:
+        fresh = Agent(self.settings.agent).critic
+        self.critic.load_state_dict(fresh.state_dict())
+        self.target.load_state_dict(fresh.state_dict())
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.state.clear()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam over the critic; the averaged copy belongs to no optimizer."""
@@ -157,7 +186,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
             max_epochs=1,
             log_every_n_steps=10,
             logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [Bar(leave=True)])],
+            callbacks=[*callbacks, *([] if log_root is None else [ProgressBar(leave=True)])],
             enable_progress_bar=log_root is not None,
             enable_model_summary=False,
             enable_checkpointing=False,
