@@ -36,7 +36,9 @@ def left_behind(agent: Any) -> list[torch.Tensor]:
     return [*agent.policy.state_dict().values(), *experience, numpy_state, torch.get_rng_state()]
 
 
-def trained(build: Callable[[], Any], attach: Callable[..., tuple[Any, Any]], steps: int, every: int) -> Diagnostics:
+def trained(
+    build: Callable[[], Any], attach: Callable[..., tuple[Any, Any]], steps: int, every: int, **settings: Any
+) -> Diagnostics:
     """Trains alone and watched, compares the two bit for bit, and gives back what was seen."""
     alone = build()
     alone.learn(steps)
@@ -44,7 +46,7 @@ def trained(build: Callable[[], Any], attach: Callable[..., tuple[Any, Any]], st
     agent = build()
     model, optimizers = attach(agent)
     diagnostics = Diagnostics.attach(
-        model, optimizers, every_n_steps=every, max_overhead=None, strict=True, terminal=False
+        model, optimizers, every_n_steps=every, max_overhead=None, strict=True, terminal=False, **settings
     )
     agent.learn(steps)
     diagnostics.detach()

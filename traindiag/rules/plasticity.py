@@ -142,7 +142,8 @@ class EarlyLoss(_ByModule):
 
     def _is_early(self, frame: Frame, settled: bool) -> bool:
         if frame.run.length is not None:
-            return frame.step <= self.early * frame.run.length
+            # Lightning plans in updates of all optimizers, of which there may be several in a step
+            return max(frame.step, sum(frame.updates.values())) <= self.early * frame.run.length
         return not settled
 
     def state_dict(self) -> dict[str, Any]:
