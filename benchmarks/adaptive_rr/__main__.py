@@ -1,7 +1,7 @@
 """A low replay ratio, a high one, and the one that AdaptiveReplayRatio chooses, on small tasks.
 
-Nothing is tuned: the controller has the paper's numbers, and its interval is the paper's share of a run. Runs that are in
-the result file with the same settings are kept, so an interrupted experiment goes on where it stopped.
+Nothing is tuned: the controller has the paper's numbers, and its interval is the paper's share of a run. Runs that
+are in the result file with the same settings are kept, so an interrupted experiment goes on where it stopped.
 
     python -m benchmarks.adaptive_rr            # trains what is missing; results/adaptive_rr.json and the table
     python -m benchmarks.adaptive_rr tables     # the table of docs/adaptive_replay_ratio.md alone

@@ -14,7 +14,7 @@ from traindiag.demo.rl.agent import Agent, AgentSettings
 
 LOW, HIGH = 0.5, 2.0
 ARMS = ("low", "high", "adaptive")
-STEPS = {"CartPole-v1": 8000, "Pendulum-v1": 6000}
+STEPS = {"CartPole-v1": 6000, "Pendulum-v1": 6000}
 """Environment steps of a run."""
 
 INTERVALS = 40
@@ -85,12 +85,13 @@ def train(task: str, arm: str, seed: int) -> dict[str, Any]:
             faus.append((agent.steps, active.take()))
             pace.update(faus[-1][1], env_step=agent.steps)
             done += 1
+    parts = [faus[i : i + 50] for i in range(0, done, max(1, done // 20))]
     return {
         "last": round(mean_of_last_quarter(agent.returns, STEPS[task]), 2),
         "whole": round(sum(r for _, r in agent.returns) / len(agent.returns), 2),
         "switched_at": pace.switched_at if arm == "adaptive" else None,
         "updates": done,
-        "fau": [round(sum(f for _, f in faus[i : i + 50]) / len(faus[i : i + 50]), 4) for i in range(0, done, done // 20)],
+        "fau": [round(sum(f for _, f in part) / len(part), 4) for part in parts],
         "cpu_seconds": round(time.process_time() - began, 1),
         "returns": [(step, round(value, 1)) for step, value in agent.returns],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def critic(features: int, actions: int, settings: AgentSettings) -> nn.Sequentia
         torch.Size([4, 5])
     """
     sizes = [features, *[settings.width] * settings.depth]
-    hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], actions))
 
 
@@ -98,7 +99,7 @@ class Replay:
         self.added += 1
 
     def sample(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """States ``[batch, features]``, actions, rewards, the states that followed, and whether those were terminal."""
+        """States ``[batch, features]``, actions, rewards, states that followed, and whether those were terminal."""
         parts = (self.states, self.actions, self.rewards, self.following, self.terminals)
         states, actions, rewards, following, terminals = (torch.from_numpy(part[rows]) for part in parts)
         return states, actions, rewards, following, terminals

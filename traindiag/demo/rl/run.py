@@ -23,8 +23,8 @@ CHUNK = 10
 
 PRIMING = 3000
 PRIMING_LR = 0.4
-"""Steps so large that they push most units below zero for all states, for good: Adam's step is about the learning rate,
-whatever the gradient. At the ordinary rate the same priming did no lasting harm to so small a task."""
+"""Steps so large that they push most units below zero for all states, for good: Adam's step is about the learning
+rate, whatever the gradient. At the ordinary rate the same priming did no lasting harm on so small a task."""
 
 EPISODES = 10
 """Episodes that a return is averaged over."""
@@ -58,13 +58,13 @@ class Settings:
         for name in ("steps", "priming", "primed_at"):
             if getattr(self, name) < 0 or getattr(self, name) % CHUNK:
                 raise ValueError(f"{name} must be a multiple of {CHUNK}, got {getattr(self, name)}")
-        if self.agent.random_steps % CHUNK or not self.agent.random_steps <= self.primed_at < self.steps:
-            raise ValueError(
-                f"expected random_steps, a multiple of {CHUNK}, then primed_at, then steps; got "
-                f"{self.agent.random_steps}, {self.primed_at} and {self.steps}"
-            )
-        if not 0 < self.primed_on <= self.agent.random_steps:
-            raise ValueError(f"primed_on must be 1 to {self.agent.random_steps}, got {self.primed_on}")
+        first = self.agent.random_steps
+        if first % CHUNK or not first < self.steps:
+            raise ValueError(f"random_steps must be a multiple of {CHUNK} and less than steps, got {first}")
+        if self.priming and not first <= self.primed_at < self.steps:
+            raise ValueError(f"primed_at must be {first} to {self.steps}, got {self.primed_at}")
+        if self.priming and not 0 < self.primed_on <= first:
+            raise ValueError(f"primed_on must be 1 to {first}, got {self.primed_on}")
         for name in ("ratio", "priming_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -143,6 +143,7 @@ class Learner(LightningModule):
             self.log("return", sum(recent) / len(recent), prog_bar=True)
         self.log("environment_steps", float(self.agent.steps))
         self.log("replay_ratio", self.pace.ratio)
+        self.log("learning_rate", s.priming_lr if index in s.primed else s.agent.lr)
 
     def _update(self, lr: float, oldest: int | None) -> None:
         optimizer = self.optimizers()

@@ -24,9 +24,8 @@ LOOK_EVERY = 200
 
 def monitor(settings: Settings) -> CriticPlasticity:
     """What the demo watches its critic with."""
-    return CriticPlasticity(
-        "critic", gamma=settings.agent.gamma, reward_bound=REWARD_BOUND, every=LOOK_EVERY, trainability=True
-    )
+    bound = REWARD_BOUND if settings.agent.task.startswith("Pendulum") else 1.0
+    return CriticPlasticity("critic", gamma=settings.agent.gamma, reward_bound=bound, every=LOOK_EVERY)
 
 
 def show(seed: int, log_root: Path, settings: Settings | None = None) -> tuple[Story, Story]:
@@ -42,8 +41,9 @@ def show(seed: int, log_root: Path, settings: Settings | None = None) -> tuple[S
     healthy = Settings(ruined.agent, ruined.steps, ruined.ratio)
     console.print(
         f"[bold]traindiag demo rl[/]: double DQN swings up a pendulum for {ruined.steps:,} environment steps, twice. "
-        f"The second critic is first trained for {ruined.priming:,} updates on {ruined.primed_on} random transitions, "
-        f"at a learning rate of {ruined.priming_lr:g} in the place of {ruined.agent.lr:g}; all else is the same."
+        f"At step {ruined.primed_at:,} the second critic is trained for {ruined.priming:,} updates on "
+        f"{ruined.primed_on} transitions, at a learning rate of {ruined.priming_lr:g} in the place of "
+        f"{ruined.agent.lr:g}; all else is the same."
     )
     stories: list[Story] = []
     for name, run in (("healthy", healthy), ("primed", ruined)):

@@ -75,12 +75,10 @@ class Story:
     @classmethod
     def of(cls, outcome: Outcome, alerts: Sequence[Alert], history: History) -> Story:
         """Reads what the diagnostics have measured."""
-        largest = ("dead", "trainability")
         numbers = {}
-        for name in ("fau_pooled", *largest):
+        for name in ("fau_pooled", "dead"):
             if f"plasticity/{name}" in history:
-                worst = history[f"plasticity/{name}"].values
-                values = worst.max(axis=1) if name in largest else worst.min(axis=1)
+                values = history[f"plasticity/{name}"].values.max(axis=1)
                 numbers[name] = (float(values[0]), float(values[-1]))
         return cls(outcome, tuple(alerts), numbers)
 
@@ -131,6 +129,5 @@ class Story:
         words = {
             "fau_pooled": "active units {0:.0%} at first, {1:.0%} at the end",
             "dead": "dead units in its worst layer {0:.0%} at first, {1:.0%} at the end",
-            "trainability": "loss on random targets {1:.1f} times that of its first weights",
         }
         return "; ".join(words[name].format(*self.numbers[name]) for name in words if name in self.numbers)
