@@ -14,7 +14,7 @@ from traindiag.demo.rl.agent import Agent, AgentSettings
 
 LOW, HIGH = 0.5, 2.0
 ARMS = ("low", "high", "adaptive")
-STEPS = {"CartPole-v1": 6000, "Pendulum-v1": 6000}
+STEPS = {"CartPole-v1": 4000, "Pendulum-v1": 5000}
 """Environment steps of a run."""
 
 INTERVALS = 40
