@@ -29,10 +29,10 @@ from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rule_set import RuleSet
 
 RESULT = Path(__file__).parent / "results" / "demo_rl.json"
-SEEDS = (10, 11, 12, 13, 14)
-CARTPOLE_SEEDS = (10, 11, 12)
+SEEDS = (20, 21, 22, 23, 24)
+CARTPOLE_SEEDS = (20, 21, 22)
 
-_CARTPOLE = Settings(AgentSettings(task="CartPole-v1"), steps=2500)
+_CARTPOLE = Settings(AgentSettings(task="CartPole-v1"), steps=2000)
 KINDS: dict[str, Settings] = {
     "healthy": Settings(),
     "primed": Settings(priming=PRIMING),
@@ -47,6 +47,11 @@ PLAN = (
     (("cartpole, 1 update a step", "cartpole, 8 updates a step"), CARTPOLE_SEEDS),
     (("reset",), SEEDS),
 )
+
+
+def rules_digest() -> str:
+    """Of the rules on plasticity: nothing else is claimed here."""
+    return RuleSet([rule for rule in default_rules() if rule.name.startswith("plasticity/")]).digest()
 
 
 def measure(kind: str, seed: int) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def suffering(runs: list[dict[str, Any]]) -> dict[int, int | None]:
 
 def main() -> None:
     """Trains what is missing and writes after every run."""
-    digest = RuleSet(default_rules()).digest()
+    digest = rules_digest()
     stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     runs: list[dict[str, Any]] = stored.get("runs", []) if stored.get("rules") == digest else []
     plan = [(kind, seed) for kinds, seeds in PLAN for seed in seeds for kind in kinds]

@@ -297,4 +297,4 @@ def test_without_gymnasium_the_command_says_what_to_install(monkeypatch: pytest.
 
 
 def test_primed_beyond_all_measure_is_a_multiple_of_the_chunk() -> None:
-    assert CHUNK == 10 and len(Settings(priming=3000).primed) == 300
+    assert CHUNK == 10 and len(Settings(priming=2000).primed) == 200

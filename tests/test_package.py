@@ -91,19 +91,26 @@ def test_signals_shows_every_signal_with_formula_and_source() -> None:
             assert part in shown
 
 
-def test_readme_table_is_the_generated_one() -> None:
-    readme = (ROOT / "README.md").read_text()
-    table = re.search(r"<!-- signals: .*? -->\n(.*?)\n?<!-- end of signals -->", readme, re.S)
+def test_the_table_of_signals_is_the_generated_one() -> None:
+    page = (ROOT / "docs" / "signals.md").read_text()
+    table = re.search(r"<!-- signals: .*? -->\n(.*?)\n?<!-- end of signals -->", page, re.S)
     assert table is not None
     assert table[1] == signals_markdown(SIGNALS), "run: traindiag signals --markdown"
 
 
+def test_readme_names_every_signal_with_its_family() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for signal in SIGNALS:
+        family, metric = signal.name.split("/")
+        assert any(line.startswith(f"| `{family}` |") and f"`{metric}`" in line for line in lines), signal.name
+
+
 def test_readme_code_compiles() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     for block in blocks:
         compile(block, "README.md", "exec")
-        for name in re.findall(r"from traindiag import (.*)", block)[0].split(", "):
+        for name in ", ".join(re.findall(r"from traindiag import (.*)", block) or ["read"]).split(", "):
             assert name in traindiag.__all__
 
 

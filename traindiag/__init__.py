@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from traindiag.lightning import TrainingDiagnostics
     from traindiag.monitors.critic_plasticity import CriticPlasticity
     from traindiag.monitors.monitor import Monitor
+    from traindiag.monitors.stability_gap import StabilityGap
+    from traindiag.playback.reading import read
     from traindiag.playback.replay import Replay, replay
     from traindiag.playback.series import replay_series
     from traindiag.record.cells import Cell, Cells
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from traindiag.rules.second_moment import StaleSecondMoment
     from traindiag.rules.shift import Shift
     from traindiag.rules.spike import Spike
+    from traindiag.rules.stability import TaskGap
     from traindiag.rules.threshold import Threshold
     from traindiag.rules.trend import Trend
     from traindiag.rules.vanishing import Vanishing
@@ -81,8 +84,10 @@ __all__ = [
     "Shift",
     "Signal",
     "Spike",
+    "StabilityGap",
     "StaleSecondMoment",
     "StopTraining",
+    "TaskGap",
     "Threshold",
     "TrainingAlert",
     "TrainingDiagnostics",
@@ -91,6 +96,7 @@ __all__ = [
     "Verdict",
     "Webhook",
     "preflight",
+    "read",
     "replay",
     "replay_series",
 ]
@@ -106,6 +112,8 @@ _HOMES = {
     "traindiag.lightning": ("TrainingDiagnostics",),
     "traindiag.monitors.critic_plasticity": ("CriticPlasticity",),
     "traindiag.monitors.monitor": ("Monitor",),
+    "traindiag.monitors.stability_gap": ("StabilityGap",),
+    "traindiag.playback.reading": ("read",),
     "traindiag.playback.replay": ("Replay", "replay"),
     "traindiag.playback.series": ("replay_series",),
     "traindiag.record.cells": ("Cell", "Cells"),
@@ -120,6 +128,7 @@ _HOMES = {
     "traindiag.rules.rule": ("Rule", "Verdict"),
     "traindiag.rules.shift": ("Shift",),
     "traindiag.rules.spike": ("Spike",),
+    "traindiag.rules.stability": ("TaskGap",),
     "traindiag.rules.threshold": ("Threshold",),
     "traindiag.rules.trend": ("Trend",),
     "traindiag.rules.vanishing": ("Vanishing",),

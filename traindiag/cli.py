@@ -123,6 +123,21 @@ def rl(
         raise typer.BadParameter(str(error)) from error
 
 
+@demos.command()
+def continual(
+    replay: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of English in the second phase [default: 0.5, then 0, compared]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and of the data.")] = 0,
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
+) -> None:
+    """Train a small Transformer on English and then on Python, and be told what becomes of its English."""
+    from traindiag.demo.show_continual import show
+
+    show((0.5, 0.0) if replay is None else (replay,), seed, log_dir)
+
+
 _RULES = typer.Option(
     "--rules",
     metavar="FILE",
@@ -195,6 +210,61 @@ def check(
     code, reason = checking.check(replayed, fail_on.value, least)
     typer.echo(reason)
     raise typer.Exit(code)
+
+
+class _ReportFormat(str, Enum):
+    HTML = "html"
+    MD = "md"
+
+
+@app.command()
+def report(
+    logdir: Annotated[Path, _LOGDIR],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write [default: report.html; md: standard output].")
+    ] = None,
+    form: Annotated[
+        _ReportFormat, typer.Option("--format", help="A page with figures, or Markdown for pull requests and notes.")
+    ] = _ReportFormat.HTML,
+    redact: Annotated[bool, typer.Option("--redact", help="Leave out hosts, paths and user names.")] = False,
+    fields: Annotated[
+        str | None,
+        typer.Option("--redact-fields", metavar="A,B", help="Leave out these settings too, such as seed,lr."),
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title of the report.")] = "Training diagnostics",
+) -> None:
+    """Write what happened in a run, or in several, into one file that opens offline.
+
+    First warning, evidence, what to do, figures of each family and the configuration; and when the loss itself, or a
+    rule of 6 standard deviations on it, would have told. 3: no log, or none that can be read.
+    """
+    from traindiag.panels.report.page import rendered
+    from traindiag.panels.report.redaction import redacted
+    from traindiag.playback.check import UNREADABLE
+    from traindiag.playback.foreign import Unreadable
+    from traindiag.playback.report import make_report
+
+    try:
+        found = make_report(logdir, title=title, version=traindiag.__version__)
+    except (Unreadable, OSError) as error:
+        typer.echo(f"unreadable: {error}", err=True)
+        raise typer.Exit(UNREADABLE) from error
+    if redact or fields is not None:
+        try:
+            found = redacted(found, [name for name in (fields or "").split(",") if name.strip()])
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--redact-fields") from error
+    try:
+        written = rendered(found, form.value)
+    except ModuleNotFoundError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    if output is None and form is _ReportFormat.MD:
+        typer.echo(written)
+        return
+    target = Path("report.html") if output is None else output
+    target.write_text(written, "utf-8")
+    typer.echo(f"{target}: {len(found.runs)} run{'s' * (len(found.runs) != 1)}, {len(written) / 1e6:.1f} MB")
 
 
 def _replayed(logdir: Path, rules: Path | None, names: list[str] | None) -> Replay:

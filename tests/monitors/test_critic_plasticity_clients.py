@@ -101,7 +101,7 @@ class Manual(Agent):
         ]  # fmt: skip
 
 
-def fit(build: Callable[[], Agent], batches: int, updates: int, *monitors: CriticPlasticity) -> tuple[Any, ...]:
+def fit(build: Callable[[], Agent], batches: int, *monitors: CriticPlasticity) -> tuple[Any, ...]:
     """Parameters, experience and random state that a run leaves, and what was seen of it."""
     seed_everything(0, verbose=False)
     agent = build()
@@ -112,27 +112,25 @@ def fit(build: Callable[[], Agent], batches: int, updates: int, *monitors: Criti
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trainer(
-            accelerator="cpu", devices=1, max_steps=batches * updates, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+            accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=batches, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         ).fit(agent)  # fmt: skip
     states = [torch.stack([s for s, _ in agent.replay.buffer]), torch.get_rng_state()]
     history = callbacks[0].history if callbacks else None
     return [p.detach().clone() for p in agent.parameters()] + states, history
 
 
-def compared(build: Callable[[], Agent], batches: int, updates: int, monitor: CriticPlasticity) -> History:
+def compared(build: Callable[[], Agent], batches: int, monitor: CriticPlasticity) -> History:
     """The run with the monitor is the run without it."""
-    alone, _ = fit(build, batches, updates)
-    left, history = fit(build, batches, updates, monitor)
+    alone, _ = fit(build, batches)
+    left, history = fit(build, batches, monitor)
     assert all(torch.equal(a, b) for a, b in zip(alone, left, strict=True))
     assert isinstance(history, History)
     return history
 
 
 def test_automatic_optimization_with_an_iterable_replay_dataset() -> None:
-    history = compared(
-        Automatic, 45, 1, CriticPlasticity("critic", gamma=0.9, reward_bound=10.0, every=20, states=128)
-    )
+    history = compared(Automatic, 45, CriticPlasticity("critic", gamma=0.9, reward_bound=10.0, every=20, states=128))
     assert history["plasticity/updates"].values[:, 0].tolist() == [16, 20, 40]
     assert history["plasticity/q_bound_ratio"].seen.all()
     assert {c.coordinates for c in history["plasticity/fau"].cells} == {("critic", f"critic.{i}") for i in (0, 2)}
@@ -141,7 +139,7 @@ def test_automatic_optimization_with_an_iterable_replay_dataset() -> None:
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_manual_optimization_with_several_optimizers(wrapped: bool) -> None:
     monitor = CriticPlasticity(["critic", "actor"], values="critic", every=20, states=128)
-    history = compared(lambda: Manual(wrapped), 25, 3, monitor)
+    history = compared(lambda: Manual(wrapped), 25, monitor)
     assert history["plasticity/updates"].values[:, 0].tolist() == [16, 20, 40]  # of the critic: two a batch
     assert history["plasticity/updates"].steps.tolist() == [7, 9, 19]
     assert {c.coordinates[0] for c in history["plasticity/fau"].cells} == {"critic", "actor"}

@@ -134,7 +134,10 @@ def test_each_chart_of_the_layout_matches_tags_that_exist_and_no_others_by_accid
 
 
 def test_the_link_pins_cards_that_exist(read):
-    command, link = links("logs/my run")
+    command, tab, link = links("logs/my run", "logs/my run/a&b/version_0")
+    assert tab == "http://localhost:6006/#traindiag&p.traindiag.run=a%26b%2Fversion_0"
+    assert links("logs", "logs")[1].endswith("#traindiag&p.traindiag.run=.")
+    assert links("logs")[1].endswith("#traindiag") and links("logs", "elsewhere")[1].endswith("#traindiag")
     assert command == "tensorboard --logdir 'logs/my run'"
     pinned = json.loads(parse_qs(urlparse(link).query)["pinnedCards"][0])
     assert [c["tag"] for c in pinned] == list(PINNED)

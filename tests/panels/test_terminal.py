@@ -49,7 +49,7 @@ def history(norm=24.4):
 
 def everything(stream):
     panel = TerminalPanel(stream)
-    panel.start(TABLE, links("runs/a"))
+    panel.start(TABLE, links("runs/a", "runs/a/v"))
     panel.alerts([ALERT])
     panel.summary(history(), [ALERT], 400, 0.0081)
     return stream.getvalue()
@@ -58,7 +58,7 @@ def everything(stream):
 def test_plain_text_has_no_escapes_and_an_unbroken_link():
     text = everything(io.StringIO())
     assert "\x1b" not in text
-    assert links("runs/a")[1] in text
+    assert set(links("runs/a", "runs/a/v")[1:]) <= {line.strip() for line in text.splitlines()}
     assert all(len(line) <= 100 for line in text.splitlines() if "http" not in line)
     assert not any(line.endswith(" ") for line in text.splitlines())
     assert "WARNING" in text
@@ -75,7 +75,8 @@ def test_a_terminal_gets_colours_and_its_own_width(monkeypatch, width):
     bare = re.sub(r"\x1b\[[\d;]*m|\x1b\]8;[^\x1b]*\x1b\\", "", text)
     assert width - 25 < max(map(len, bare.splitlines())) <= width
     assert bare.count("http://localhost:6006/#timeseries") == 1
-    assert links("runs/a")[1] in text  # behind the visible one
+    assert bare.count("http://localhost:6006/#traindiag") == 1
+    assert all(link in text for link in links("runs/a", "runs/a/v"))  # behind the visible ones
 
 
 def test_colours_can_be_refused(monkeypatch):

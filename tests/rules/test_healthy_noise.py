@@ -92,12 +92,18 @@ def test_a_second_moment_that_keeps_up_is_told_no_more_often_than_stated(
 def drift(kind: str, sigma: float, *, samples: int = 400, sites: int = 50, gain: float = 0.0) -> tuple[float, bool]:
     """Events of a site in 10,000 of its samples, around 20 nats; and whether any of the last 20 was told."""
     level, score = 20 * noise(kind, samples, sites, 1, sigma), 2 * noise(kind, samples, sites, 2, 0.1)
+    sure = np.log(noise(kind, samples, sites, 3, 0.1))
     if gain:
         level[-20:] *= np.geomspace(1.3, gain, 20)[:, None]
+        sure[-20:] += 1
     rule, cells, onsets, was = OutputDrift(), Cells.along("site", [str(i) for i in range(sites)]), 0, False
     failing: set[int] = set()
     for i in range(samples):
-        frames = reading(level[i], "output/log_z_max_abs", cells), reading(score[i], "output/target_z_score", cells)
+        frames = (
+            reading(level[i], "output/log_z_max_abs", cells),
+            reading(score[i], "output/target_z_score", cells),
+            reading(sure[i], "output/overconfidence", cells),
+        )
         said = rule.update(frame(10 * i, *frames))
         now = {k for k, site in enumerate(rule._sites.values()) if site.streak >= rule.persistence}
         onsets, failing = onsets + len(now - failing), now
@@ -107,7 +113,7 @@ def drift(kind: str, sigma: float, *, samples: int = 400, sites: int = 50, gain:
 
 @pytest.mark.parametrize(
     ("kind", "sigma", "rate"),
-    [("independent", 0.15, 0.5), ("AR(0.9)", 0.15, 8.0), ("independent", 0.35, 40.0), ("AR(0.9)", 0.35, 130.0)],
+    [("independent", 0.15, 0.5), ("AR(0.9)", 0.15, 2.5), ("independent", 0.35, 2.5), ("AR(0.9)", 0.35, 55.0)],
 )
 def test_scattered_log_z_is_told_no_more_often_than_stated(kind: str, sigma: float, rate: float) -> None:
     assert drift(kind, sigma)[0] <= rate

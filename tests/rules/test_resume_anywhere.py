@@ -116,6 +116,7 @@ def frames_of_signals(seed: int, count: int = 60) -> list[Frame]:
             slow = [
                 reading(drifts, "output/log_z_max_abs", sites, some(len(sites))),
                 reading(values(2.0, 2.0)[: len(sites)], "output/target_z_score", sites, some(len(sites))),
+                reading(values(0.2, 0.2)[: len(sites)], "output/overconfidence", sites, some(len(sites))),
             ]
             made.append(frame(step, *slow, run=ADAM, learning_rates={"adam": 0.1}))
     return made

@@ -220,3 +220,37 @@ def test_a_parameter_of_a_resting_expert_is_below_nothing() -> None:
     rule, cells = Threshold("user/x", below=1.0), Cells.along("parameter", names)
     (told,) = rule.update(frame(0, reading([0.0, 5.0, 0.0, 5.0], X, cells)))
     assert str(told.cell) == "layers.0.weight" and told.others == 0
+
+
+def _with_losses(rule: Threshold, losses: list[float], steps: int = 12) -> list[str]:
+    said = []
+    for step in range(steps):
+        loss = losses[min(step, len(losses) - 1)]
+        fast = frame(step, reading([loss], "loss/value", Cells.along("optimizer", ["adam"])), lane="fast")
+        slow = frame(step, reading([1e-3], "optimizer/grad_rms_over_eps", Cells.along("parameter", ["w"])))
+        said += [v.evidence for f in (fast, slow) for v in rule.update(f) if v.active]
+    return said
+
+
+def test_where_all_is_learned_small_gradients_are_no_fault():
+    def rule():
+        return Threshold("optimizer/grad_rms_over_eps", below=0.1, left=0.02, persistence=2)
+
+    assert _with_losses(rule(), [2.0]) and _with_losses(rule(), [2.0, 1.9, 1.8, 0.1])
+    assert _with_losses(rule(), [2.0] * 3 + [0.01], steps=7)  # eight losses count, not one
+    assert len(_with_losses(rule(), [2.0] * 3 + [0.01], steps=40)) < 10  # and then it is over
+    assert _with_losses(rule(), [np.nan]) and _with_losses(rule(), [-1.0])  # nothing is known of what is left
+    with pytest.raises(ValueError, match="left must be between 0 and 1, got 2"):
+        Threshold("optimizer/grad_rms_over_eps", below=0.1, left=2)
+
+
+def test_what_is_left_to_learn_survives_a_resume():
+    rule = Threshold("optimizer/grad_rms_over_eps", below=0.1, left=0.02)
+    again = Threshold("optimizer/grad_rms_over_eps", below=0.1, left=0.02)
+    cells = Cells.along("optimizer", ["adam"])
+    for step, loss in enumerate([2.0] * 3 + [0.01] * 8):
+        rule.update(frame(step, reading([loss], "loss/value", cells), lane="fast"))
+    again.load_state_dict(rule.state_dict())
+    small = frame(11, reading([1e-3], "optimizer/grad_rms_over_eps", Cells.along("parameter", ["w"])))
+    assert rule.update(small) == again.update(small) == ()
+    assert Threshold("optimizer/grad_rms_over_eps", below=0.1).update(small)

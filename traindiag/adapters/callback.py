@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from traindiag.record.series import History
 from traindiag.rules.rule import Rule, Severity
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
     from typing_extensions import Self
 
 
@@ -41,7 +42,9 @@ class DiagnosticsCallback:
         fast: bool = True,
         exact: bool = False,
         layout: bool = True,
+        report: bool = False,
         terminal: bool = True,
+        batch_id: Callable[[Any], Any] | None = None,
         strict: bool = False,
     ) -> None:
         """Checks everything that is asked for, now and not at step 10,000.
@@ -62,7 +65,11 @@ class DiagnosticsCallback:
             fast: Whether loss and gradients are measured every step, or only with the samples.
             exact: Whether attention maxima are always exact, at a higher cost.
             layout: Whether a custom-scalars layout is written for TensorBoard.
+            report: Whether a report is written at the end, beside ``alerts.jsonl``: one HTML file, which needs
+                plotly. Where a run of W&B is under way it becomes an artifact of it too.
             terminal: Whether alerts, coverage and the summary are printed.
+            batch_id: Function from a batch to the ids of its samples, such as ``lambda batch: batch["id"]``; alerts
+                about fast failures then name them. It is called in every step, so it should not wait for the device.
             strict: Whether a fault in a monitor or a rule stops the run.
 
         Raises:
@@ -83,7 +90,9 @@ class DiagnosticsCallback:
             fast=fast,
             exact=exact,
             layout=layout,
+            report=report,
             terminal=terminal,
+            batch_id=batch_id,
             strict=strict,
         )
         self._diagnostics: Diagnostics | None = None
@@ -118,6 +127,12 @@ class DiagnosticsCallback:
     def coverage(self) -> tuple[Coverage, ...]:
         """What is seen and what is not, with reasons."""
         return self._diagnostics.coverage if self._diagnostics else ()
+
+    def plot(self, what: str = "timeline", *, theme: str = "light", **options: str) -> Figure:
+        """A figure of what was measured so far; see :meth:`traindiag.Diagnostics.plot`."""
+        if self._diagnostics is None:
+            raise RuntimeError(f"diagnostics.plot({what!r}) needs a run: call it while the trainer fits, or after")
+        return self._diagnostics.plot(what, theme=theme, **options)
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Takes a number of your own for this step; every rule can judge it.

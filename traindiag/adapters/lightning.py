@@ -62,6 +62,10 @@ class LightningHooks(DiagnosticsCallback):
         self._losses = []
         self._diagnostics = diagnostics
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._diagnostics is not None:
+            self._diagnostics.data(trainer.train_dataloader)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if (diagnostics := self._diagnostics) is None:
             return
@@ -70,6 +74,7 @@ class LightningHooks(DiagnosticsCallback):
             if diagnostics.run.batch_size is None:
                 diagnostics.learn(batch_size=batch_size(batch))
         diagnostics.begin()
+        diagnostics.batch(batch, f"epoch {trainer.current_epoch}, batch {batch_idx}")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if (diagnostics := self._diagnostics) is None:

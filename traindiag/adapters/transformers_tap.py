@@ -83,6 +83,7 @@ class TrainerTap:
             diagnostics.learn(batch_size=batch_size([*args[1:2], kwargs.get("inputs")]))
         try:
             diagnostics.begin()
+            diagnostics.batch(args[1] if len(args) > 1 else kwargs.get("inputs"))
             diagnostics.judge_aside()
             loss = original(*args, **kwargs)
             diagnostics.end(step_done=False)  # nothing is installed between micro-batches

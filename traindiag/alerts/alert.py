@@ -60,7 +60,8 @@ class Alert:
         ruled_out: Causes that the evidence excludes.
         remedies: Best first.
         bundle: What led to it, once an event, as plain data: ``steps`` with loss and gradient norm at each of them
-            and, where gradients jumped, ``tensors`` by their ``share`` of it. Empty in all other messages.
+            and, where a failure is fast, ``tensors`` by their ``share`` of a jump and the last ``batches`` by step.
+            Empty in all other messages.
     """
 
     id: str

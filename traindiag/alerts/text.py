@@ -7,7 +7,8 @@ import re
 import textwrap
 
 from traindiag.alerts.alert import Alert, Span
-from traindiag.rules.wording import in_steps, number, steps
+from traindiag.rules.wording import in_steps, steps
+from traindiag.rules.wording import number as number
 
 _UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("d", 86400.0))
 
@@ -69,7 +70,7 @@ def one_line(alert: Alert) -> str:
     """
     status = "" if alert.status == "opened" else f" ({alert.status})"
     left = f"; crosses {_crossing(alert)}" if alert.steps_to_limit is not None else ""
-    return _clean(
+    return printable(
         f"{alert.severity.upper()}{status} step {alert.step}: {alert.title or alert.rule} ({_value(alert)}{left})"
     )
 
@@ -108,7 +109,7 @@ def escape(text: str) -> str:
         >>> print(escape("a|b <img> *x* [y](z)"))
         a\|b &lt;img&gt; \*x\* \[y\](z)
     """
-    text = _clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", text)
     return text.replace("://", ":&#47;&#47;")  # some renderers make a link of a bare address
 
@@ -160,14 +161,14 @@ def _short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:.0f}"
 
 
-def _clean(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters of a name (line breaks, terminal escapes, text direction) are shown, not obeyed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:
     return textwrap.wrap(
-        _clean(text),
+        printable(text),
         width,
         initial_indent=head,
         subsequent_indent=" " * len(head),

@@ -54,6 +54,15 @@ class ActiveLane(LeavingLane):
                     with self.contained(monitor, "probe"):
                         monitor.probe(step)
 
+    def start(self) -> None:
+        """Lets all of them look at the models before the first step."""
+        interested = [m for m in self._active if type(m).start is not ActiveMonitor.start and self.works(m)]
+        if interested:
+            with self._as_if_alone():
+                for monitor in interested:
+                    with self.contained(monitor, "start"):
+                        monitor.start()
+
     def heed(self, frame: Frame) -> None:
         """Shows a frame to all, those that have failed here included: when they are due must not differ."""
         for monitor in self._active:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from traindiag.capture.taps import LossCall, ModuleTap, Tap
 from traindiag.capture.window import Capture
 from traindiag.engine.active import ActiveLane, Precision
 from traindiag.engine.aside import Aside
+from traindiag.engine.batches import name_batch
 from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.decisions import Decisions, Save
 from traindiag.engine.judge import BATCH, Judge
@@ -39,9 +40,13 @@ from traindiag.engine.sight import coverage_of
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
+from traindiag.record.log import LogData
 from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.transfer.ranks import world_size
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 STATE_VERSION = 1
 _PATIENCE = 2.0  # seconds for other ranks' last message after an exception
@@ -122,7 +127,13 @@ class Diagnostics:
         )
         active = [m for m in monitors if m.lane == "active"]
         self._active = ActiveLane(active, self.models, device, strict=strict, report=report) if active else None
-        self._judge = Judge(self.settings.build_rules(), self.run.run_id, strict=strict, report=report)
+        self._judge = Judge(
+            self.settings.build_rules(),
+            self.run.run_id,
+            strict=strict,
+            report=report,
+            impatient=any(m.impatient for m in monitors),
+        )
         self._decisions = Decisions(self.settings.actions, save, self._tell)
         self._has_early = any(m.early for m in self._slow.monitors.values())
         self._schedule = Schedule(self.settings.every_n_steps, self.settings.max_overhead)
@@ -135,6 +146,7 @@ class Diagnostics:
         self._heard: list[_Heard] = []
         self._hearing = False
 
+        self._data: list[object] | None = None
         self._armed = False
         self._in_step = False
         self._sampling = False
@@ -148,6 +160,7 @@ class Diagnostics:
         self._seen_gradients: set[str] = set()
         self._updated: set[str] = set()
         self._learning_rates: dict[str, float] = {}
+        self._batches: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._samples: dict[str, ParameterSample] = {}
         self._stepping: dict[str, int] = {}
@@ -199,6 +212,24 @@ class Diagnostics:
         rows = coverage_of(attention, outputs, self.watched, self.history, families)
         off = self._off_by_family()
         return tuple(replace(r, sight="unseen", reason=off[r.family]) if r.family in off else r for r in rows)
+
+    def plot(self, what: str = "timeline", *, theme: str = "light", **options: str) -> Figure:
+        """A figure of what was measured so far, for a notebook.
+
+        Args:
+            what: A figure of the report by its id, such as ``timeline`` or ``heads-over-time``, or a signal by name.
+            theme: ``light`` or ``dark``.
+            **options: Such as ``step="100"``.
+
+        Raises:
+            ModuleNotFoundError: With what to install, if plotly is missing.
+            ValueError: If there is neither such a figure nor such a signal.
+        """
+        from traindiag.panels.notebook import plot
+
+        alerts = tuple(alert.to_dict() for alert in self.alerts)
+        log = LogData(self.run, self.history, alerts, self.coverage, (), (), ())
+        return plot(log, what, theme=theme, **options)
 
     @property
     def overhead(self) -> float:
@@ -295,6 +326,21 @@ class Diagnostics:
         if self._active is not None:
             self._active.precision = precision
 
+    def data(self, source: object) -> None:
+        """Tells where batches come from; monitors are told where that is another data set than it was.
+
+        Args:
+            source: A loader, or loaders in a list or mapping. A loader that was made anew over the same data set is
+                no change.
+        """
+        if self._failed:
+            return
+        with self.border:
+            before, self._data = self._data, _data_sets(source)
+            if before is not None and [id(d) for d in before] != [id(d) for d in self._data]:
+                for lane in self._lanes():
+                    lane.each("data_changed")
+
     def begin(self, inside: nn.Module | None = None) -> None:
         """A micro-batch begins; the first one of a step begins the step.
 
@@ -308,6 +354,24 @@ class Diagnostics:
                 self._capture.open(inside)
             else:
                 self._capture.close()  # what a step that ended inside of its backward pass could not
+
+    def batch(self, batch: object, place: str = "") -> None:
+        """Tells which batch the micro-batch under way is made of, so that an alert can name it.
+
+        Args:
+            batch: Given to ``batch_id`` of the settings, if there is one.
+            place: Where it stands in the data, such as ``epoch 0, batch 12``.
+        """
+        if self._failed:
+            return
+        with self.border, self._meter:
+            label = name_batch(batch, place, self.settings.batch_id, self._no_batch_ids)
+            if label:
+                self._batches.append(label)
+
+    def _no_batch_ids(self, error: Exception) -> None:
+        self.settings = replace(self.settings, batch_id=None)
+        self._tell(f"batch_id failed and is not asked again: {describe(error)}; training goes on")
 
     def before_backward(self) -> None:
         """The forward pass is over for now."""
@@ -608,11 +672,14 @@ class Diagnostics:
         self._fast.lean, self._slow.early = self._schedule.lean and not self._sampling, False
         self._seen_gradients.clear()
         self._updated.clear()
+        self._batches.clear()
         if self._failed:
             return
         if not self._armed:
             self._arm()
         self._slow.early = self._early  # not before: all monitors are armed in such a step too
+        if self.step_count == 0 and self._active is not None:
+            self._active.start()
         self._outlet.start(self.run, self.segment, self.step_count)
 
     def _before_update(
@@ -704,6 +771,7 @@ class Diagnostics:
                 learning_rates=dict(self._learning_rates),
                 seconds_per_step=self._meter.seconds_per_step,
                 early=self._early,
+                batches=tuple(self._batches),
             )
             if self._sampling:
                 costs = self._meter.recent_shares(self._schedule.cadence)
@@ -849,6 +917,14 @@ class Diagnostics:
         )
 
 
+def _data_sets(source: object) -> list[object]:
+    if isinstance(source, Mapping):
+        return [d for part in source.values() for d in _data_sets(part)]
+    if isinstance(source, (list, tuple)):
+        return [d for part in source for d in _data_sets(part)]
+    return [getattr(source, "dataset", source)]
+
+
 def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
     """The function that evaluates the model, if ``optimizer.step`` was called with one."""
     given = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -886,6 +962,10 @@ class Step:
         self._diagnostics.loss(value, optimizer)
         self._diagnostics.judge_aside()
         return value
+
+    def batch(self, batch: object, place: str = "") -> None:
+        """Tells which batch is being trained on, for ``batch_id`` of the settings; see :meth:`Diagnostics.batch`."""
+        self._diagnostics.batch(batch, place)
 
     def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:
         """Call it when gradients are complete and unscaled, before clipping."""

@@ -25,11 +25,21 @@ class Judge:
         run_id: Identifier that alerts carry.
         strict: Whether a rule that raises stops the run.
         report: Told once, in words, of a rule that is switched off.
+        impatient: Whether some monitor has to know of each step at once, whatever the rules can wait for.
     """
 
-    def __init__(self, rules: Sequence[Rule], run_id: str, *, strict: bool, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        run_id: str,
+        *,
+        strict: bool,
+        report: Callable[[str], None],
+        impatient: bool = False,
+    ) -> None:
         self.history = History()
         """Every number recorded so far; :meth:`record` brings it up to date."""
+        self._impatient = impatient
         self._unrecorded: list[Frame] = []
         self._rules = RuleSet(
             rules,
@@ -48,7 +58,7 @@ class Judge:
     @property
     def patient(self) -> bool:
         """Whether a calm step may be heard up to ``BATCH`` steps late."""
-        return self._rules.patient
+        return self._rules.patient and not self._impatient
 
     def hear(self, frame: Frame) -> list[Alert]:
         """What there is to tell about ``frame``."""

@@ -32,6 +32,7 @@ class StepFacts:
     seconds_per_step: float | None = None
     time: float = field(default_factory=time.time)
     early: bool = False
+    batches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,7 @@ class MonitorLane:
             learning_rates=facts.learning_rates,
             segment=segment,
             early=facts.early and self.name == "slow",
+            batches=facts.batches if self.name == "fast" else (),
         )
         ranks = world_size()
         costs = delivery.header["fast_cost"] / ranks, delivery.header["slow_cost"] / ranks

@@ -58,6 +58,8 @@ class Outlet:
         self._silenced = settings.silence
         self.folder = None if folder is None else Path(folder)
         self._layout = settings.layout
+        self._report = settings.report and speaks
+        self._run = ""
         self._sink = sink if speaks else None
         self._show = show
         self._terminal = TerminalPanel() if settings.terminal and speaks else None
@@ -79,6 +81,7 @@ class Outlet:
 
     def start(self, run: RunInfo, segment: int, step: int) -> None:
         """A job begins with ``step``."""
+        self._run = run.run_id
         if self._panels is None and self._sink is not None:
             self._panels = TensorBoardPanels(
                 self._sink, run.run_id, segment, layout=self._layout, on_problem=self.say
@@ -91,7 +94,8 @@ class Outlet:
             self._panels.start(run, step)
             self._panels.coverage(coverage, step)
         if self._terminal is not None:
-            self._terminal.start(coverage, links(self._show) if self._show else ())
+            where = self._sink.directory if self._sink is not None else None
+            self._terminal.start(coverage, links(self._show, where) if self._show else ())
 
     def frame(self, frame: Frame, alerts: Sequence[Alert]) -> None:
         """Takes one frame to be written and tells what it brought up."""
@@ -138,12 +142,28 @@ class Outlet:
             self._points.append((steps, self._panels.close()))
             self._log()
             self._panels = None
+            if self._report and steps:
+                self._write_report()
         for hook in self._webhooks():
             for problem in hook.finish():
                 self.say(problem)
         if self._terminal is not None and steps:
             cost = overhead if overhead == overhead else None
             self._terminal.summary(history, alerts, steps, cost, self._silenced)
+
+    def _write_report(self) -> None:
+        """Nothing that goes wrong here is worth a run that has ended well."""
+        from traindiag.panels.report.at_the_end import hand_to_wandb, write_report
+
+        if self.folder is None:
+            return
+        try:
+            file = write_report(self.folder, self._run)
+            handed = hand_to_wandb(file, self._run)
+        except Exception as error:
+            self.say(f"the report could not be made: {type(error).__name__}: {error}")
+        else:
+            self.say(f"the report is {file}" + (", and an artifact of the W&B run" if handed else ""))
 
     def _webhooks(self) -> list[Webhook]:
         return [action for action in self._actions if isinstance(action, Webhook)]

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from traindiag.alerts.actions import Decision
 from traindiag.alerts.alert import Alert
+from traindiag.engine.batches import BatchId
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.yaml_settings import read_settings
 from traindiag.monitors.activation import ActivationMonitor
@@ -51,7 +52,10 @@ class Settings:
         fast: Whether the fast lane runs every step; without it, it runs with the samples of the slow lane.
         exact: Whether attention maxima are always exact.
         layout: Whether a custom-scalars layout is written for TensorBoard.
+        report: Whether a report is written at the end, beside ``alerts.jsonl``; with plotly installed, and as an
+            artifact too where a run of W&B is under way.
         terminal: Whether alerts, coverage and the summary are printed.
+        batch_id: Gives the ids of a batch's samples; alerts about fast failures then name them.
         strict: Whether a fault in a monitor or a rule raises instead of switching that part off.
 
     Raises:
@@ -73,7 +77,9 @@ class Settings:
     fast: bool = True
     exact: bool = False
     layout: bool = True
+    report: bool = False
     terminal: bool = True
+    batch_id: BatchId | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +91,8 @@ class Settings:
         for action in self.actions:
             if isinstance(action, type) or not (callable(action) or isinstance(action, Decision)):
                 raise TypeError(f"actions must be functions of an Alert, or actions such as Raise(), got {action!r}")
+        if not (self.batch_id is None or callable(self.batch_id)):
+            raise TypeError(f"batch_id must be a function from a batch to ids of its samples, got {self.batch_id!r}")
         if not self.watch:
             raise ValueError(f"watch must name at least one module, got {self.watch!r}")
         self._check_exclude()
@@ -120,7 +128,7 @@ class Settings:
         defaults = _default_monitors(exact=self.exact) if self.default_monitors else []
         own = {m.name for m in self.monitors}
         kept = [m for m in defaults if not (m.name in own or self._excluded(m.family) or self._excluded(m.name))]
-        return [*kept, *self.monitors]
+        return [*kept, *self.monitors, *(c for m in self.monitors for c in m.companions())]
 
     def build_rules(self) -> list[Rule]:
         """Default rules that are neither excluded nor silenced, then the user's."""

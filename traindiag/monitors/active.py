@@ -29,6 +29,9 @@ class ActiveMonitor(Monitor):
             updates: Updates done so far, this step's included, by optimizer.
         """
 
+    def start(self) -> None:
+        """Before the first step of a run that does not resume one, in the same sandbox as :meth:`probe`."""
+
     @abstractmethod
     def probe(self, step: int) -> None:
         """Runs its forward passes."""

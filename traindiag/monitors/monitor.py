@@ -32,6 +32,12 @@ class Monitor(ABC):
     """On the fast lane: left to the samples where measuring every step takes more than half of the budget."""
     early: ClassVar[bool] = False
     """On the slow lane: measured in a few of the first steps too, whatever the cadence, and alone in them."""
+    impatient: ClassVar[bool] = False
+    """Whether it plans by what is measured every step: each step is judged one step later then, calm or not."""
+
+    def companions(self) -> Sequence[Monitor]:
+        """Monitors that it needs on other lanes; they join the run with it."""
+        return ()
 
     def taps(self) -> Sequence[Tap]:
         """Where in the forward pass it wants to look."""
@@ -73,6 +79,9 @@ class Monitor(ABC):
 
     def updated(self, optimizer: str) -> None:
         """``optimizer`` has stepped."""
+
+    def data_changed(self) -> None:
+        """From the step under way on batches come from another data set."""
 
     @abstractmethod
     def collect(self) -> Sequence[Group]:

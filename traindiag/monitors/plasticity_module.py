@@ -127,6 +127,7 @@ class PlasticityModule:
         """
         if self.refusal:
             raise ValueError(self.refusal)
+        self._follow()
         yield "weight_norm_ratio", (), self._norm() / self.first_norm, None
         if self.returns is not None:
             yield from self._explained()
@@ -224,6 +225,20 @@ class PlasticityModule:
             raise ValueError(f"{self.name}: one value for each state was expected, got {values.shape[1]}")
         found = explained_variance(values[:, 0], returns)
         yield "explained_variance", (), found.total - found.residual, found.total
+
+    def _follow(self) -> None:
+        """To the device that the module is on now: a model may be moved after diagnostics have begun."""
+        device = next(self.module.parameters()).device
+        if device == self.device:
+            return
+        self.device = device
+        for states in (self.fixed, self.fresh):
+            states.load_state_dict(states.state_dict(), device)
+        self.first_norm = self.first_norm.to(device)
+        self.dead = None if self.dead is None else self.dead.to(device)
+        self.outputs = [t.to(device) for t in self.outputs]
+        if self.returns is not None:
+            self.returns = tuple(t.to(device) for t in self.returns[0]), self.returns[1].to(device)
 
     def _norm(self) -> Tensor:
         return torch.stack([p.detach().float().square().sum() for p in self.module.parameters()]).sum().sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from pathlib import Path
 from urllib.parse import quote
 
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary
@@ -40,16 +41,34 @@ def layout_summary() -> Summary:
     return Summary(value=[Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, metadata=described, tensor=tensor)])
 
 
-def links(logdir: str | os.PathLike[str], port: int = 6006) -> list[str]:
-    """The command that starts TensorBoard, and the link that then opens the right cards.
+def links(
+    logdir: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None, port: int = 6006
+) -> list[str]:
+    """The command that starts TensorBoard, and the links that then open the tab and the right cards.
+
+    Args:
+        logdir: What TensorBoard is started on.
+        folder: Where the event file of the run lies, at or under ``logdir``; None opens the tab on whatever run.
+        port: Where TensorBoard listens.
 
     Example:
-        >>> command, link = links("runs/a b")
+        >>> command, tab, cards = links("runs/a b", "runs/a b/version_0")
         >>> command
         "tensorboard --logdir 'runs/a b'"
-        >>> link[:40], link[-23:]
+        >>> tab
+        'http://localhost:6006/#traindiag&p.traindiag.run=version_0'
+        >>> cards[:40], cards[-23:]
         ('http://localhost:6006/?pinnedCards=%5B%7', '&smoothing=0#timeseries')
     """
-    cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
+    pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
     command = "tensorboard --logdir " + shlex.quote(os.fspath(logdir)) + (f" --port {port}" if port != 6006 else "")
-    return [command, f"http://localhost:{port}/?pinnedCards={quote(cards, safe='')}&smoothing=0#timeseries"]
+    page = f"http://localhost:{port}/"
+    name = None if folder is None else _run_name(logdir, folder)
+    run = "" if name is None else f"&p.traindiag.run={quote(name, safe='')}"
+    return [command, f"{page}#traindiag{run}", f"{page}?pinnedCards={quote(pinned, safe='')}&smoothing=0#timeseries"]
+
+
+def _run_name(logdir: str | os.PathLike[str], folder: str | os.PathLike[str]) -> str | None:
+    """What TensorBoard calls the run of a folder; None where it does not lie under what TensorBoard is started on."""
+    relative = Path(os.path.relpath(folder, logdir))
+    return None if relative.parts[:1] == ("..",) else relative.as_posix()

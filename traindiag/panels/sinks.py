@@ -14,6 +14,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 class SummarySink(Protocol):
     """Takes summaries in the order of their steps."""
 
+    @property
+    def directory(self) -> str | None:
+        """Where its event file lies, None where that is not known."""
+
     def add_summary(self, summary: Summary, step: int, at: float | None) -> None:
         """Queues one event; ``at`` is its time in seconds since the epoch, None for now."""
 
@@ -35,6 +39,12 @@ class WriterSink:
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
+
+    @property
+    def directory(self) -> str | None:
+        # torch's SummaryWriter has the one, tensorboardX's the other
+        found = getattr(self.writer, "log_dir", None) or getattr(self.writer, "logdir", None)
+        return None if found is None else os.fspath(found)
 
     def add_summary(self, summary: Summary, step: int, at: float | None) -> None:
         # A closed SummaryWriter would open a new file; what comes after its end is not written.

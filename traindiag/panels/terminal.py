@@ -52,7 +52,7 @@ class TerminalPanel:
 
         Args:
             coverage: What is seen and what is not.
-            links: The command that starts TensorBoard and the link into it.
+            links: The command that starts TensorBoard and the links into it, the one to read first.
         """
         rows = Table.grid(padding=(0, 2, 0, 0))
         families = dict.fromkeys(row.family for row in coverage)
@@ -66,12 +66,12 @@ class TerminalPanel:
                 rows.add_row(Text(label, "yellow"), f"{where}: {row.reason}")
         if links:
             rows.add_row(Text("to see it", "bold"), links[0])
-            if self._colours:
-                # The link is too long to read; a terminal shows its beginning, which leads to the same page.
-                rows.add_row("", Text(links[1].partition("?")[0] + "#timeseries", f"underline link {links[1]}"))
+            for link in links[1:] if self._colours else ():
+                # Links are too long to read; a terminal shows where they lead and opens the whole of them.
+                rows.add_row("", Text(_address(link), f"underline link {link}"))
         self._print(rows)
-        if links and not self._colours:
-            self._print(Text(f"  {links[1]}"))
+        for link in () if self._colours else links[1:]:
+            self._print(Text(f"  {link}"))
 
     def alerts(self, alerts: Iterable[Alert]) -> None:
         """Prints one block an alert; one line for a note, and where an event closes.
@@ -232,6 +232,12 @@ def _spikes(history: Mapping[str, Series]) -> Text | None:
         if scores:
             told.append(f"{words} {max(scores.values()):.2%}")
     return Text(f"spike score (share of steps 7 sigma away): {', '.join(told)}", "dim") if told else None
+
+
+def _address(link: str) -> str:
+    """The page and its tab, without what is to be shown there."""
+    page, _, tab = link.partition("#")
+    return f"{page.partition('?')[0]}#{tab.partition('&')[0]}"
 
 
 def _watched(family: str, rows: Sequence[Coverage]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from traindiag.record.plasticity_signals import PLASTICITY_SIGNALS
 from traindiag.record.signal import Signal
+from traindiag.record.stability_signals import STABILITY
 
 _PROXIES = "Wortsman et al. 2023, arXiv 2309.14322"
 _TRAINCHECK = "an invariant of correct training, as in TrainCheck (Jiang et al., OSDI 2025)"
@@ -343,6 +344,7 @@ SIGNALS: tuple[Signal, ...] = (
         source=_TRAINCHECK,
     ),
     *PLASTICITY_SIGNALS,
+    *STABILITY,
 )
 
 BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}

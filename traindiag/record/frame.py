@@ -91,6 +91,7 @@ class Frame:
         learning_rates: By optimizer.
         segment: 0 for the first job of a run, one more after every resume.
         early: On the slow lane: no sample, only what is looked at in the first steps whatever the cadence.
+        batches: What this rank's batches of the step were called, one text a micro-batch; empty where nobody said.
     """
 
     step: int
@@ -103,6 +104,7 @@ class Frame:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     segment: int = 0
     early: bool = False
+    batches: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> bool:

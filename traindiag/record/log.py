@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,10 @@ from traindiag.record.run_info import RunInfo
 from traindiag.record.series import History
 from traindiag.record.signal import Lane, Signal
 
+MAX_SAMPLES = 200_000
+MAX_BYTES = 256 * 2**20
+"""What is read of one run; beyond that, samples are left out where they stand closest, as in a live history."""
+
 
 @dataclass(frozen=True)
 class LogData:
@@ -47,6 +53,7 @@ class LogData:
         segments: Numbers of the segments found.
         files: Event files that were read.
         problems: What could not be read, in words.
+        repeated: What each job measured beyond the step from which a later one went on: it is not in ``history``.
     """
 
     run: RunInfo
@@ -56,6 +63,7 @@ class LogData:
     segments: tuple[int, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...]
+    repeated: tuple[History, ...] = ()
 
 
 def read_log(path: str | os.PathLike[str], run: str | None = None) -> LogData:
@@ -87,7 +95,7 @@ def read_logs(path: str | os.PathLike[str]) -> list[LogData]:
     Raises:
         FileNotFoundError: If ``path`` does not exist.
     """
-    return [_join(s) for s in sorted(read_segments(path).values(), key=lambda segments: segments[0].time)]
+    return [join(s) for s in sorted(read_segments(path).values(), key=lambda segments: segments[0].time)]
 
 
 def read_segments(path: str | os.PathLike[str]) -> dict[str, list[Segment]]:
@@ -96,15 +104,45 @@ def read_segments(path: str | os.PathLike[str]) -> dict[str, list[Segment]]:
     Raises:
         FileNotFoundError: If ``path`` does not exist.
     """
+    return by_run(job for file in event_files(path) for job in read_file(file).jobs)
+
+
+class Contents(NamedTuple):
+    """What one event file holds of ours: jobs, and in words what could not be read, even where no job was found."""
+
+    jobs: tuple[Segment, ...]
+    problems: tuple[str, ...]
+
+
+def read_file(file: Path) -> Contents:
+    """Reads one event file, as far as it is undamaged."""
+    reader = _Reader(file)
+    reader.take_all(read_events(file, reader.problem, verify=False))
+    if reader.suspicious:
+        reader = _Reader(file)
+        reader.take_all(read_events(file, reader.problem, verify=True))
+    return reader.contents()
+
+
+def read_stream(name: Path, events: Iterable[Event]) -> Contents:
+    """Reads events that somebody else has read from a file.
+
+    Args:
+        name: What :attr:`LogData.files` and problems call it.
+        events: In the order in which they were written.
+    """
+    reader = _Reader(name)
+    reader.take_all(events)
+    return reader.contents()
+
+
+def by_run(segments: Iterable[Segment]) -> dict[str, list[Segment]]:
+    """Sorts jobs by the run they belong to, oldest first."""
     runs: dict[str, list[Segment]] = defaultdict(list)
-    for file in event_files(path):
-        reader = _FileReader(file, verify=False)
-        if reader.suspicious:
-            reader = _FileReader(file, verify=True)
-        for segment in reader.found.values():
-            runs[segment.run].append(segment)
-    for segments in runs.values():
-        segments.sort(key=lambda s: (s.number, s.time))
+    for segment in segments:
+        runs[segment.run].append(segment)
+    for jobs in runs.values():
+        jobs.sort(key=lambda s: (s.number, s.time))
     return runs
 
 
@@ -146,6 +184,7 @@ class FrameFacts:
     updates: dict[str, int]
     learning_rates: dict[str, float]
     early: bool = False
+    batches: tuple[str, ...] = ()
 
 
 @dataclass
@@ -170,38 +209,47 @@ class Segment:
         return self.infos[-1][-1] if self.infos else None
 
 
-class _FileReader:
-    """Takes one file apart.
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, zlib.error)
+"""What data that is not ours, or no longer whole, makes of reading it."""
+
+
+class _Reader:
+    """Takes the events of one file apart.
 
     Checksums are left out at first: they cost far more than all the rest, and few files are damaged. One that shows
     any sign of damage is ``suspicious`` and to be read again with them.
     """
 
-    def __init__(self, file: Path, *, verify: bool) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.found: dict[tuple[str, int], Segment] = {}
         self.current: Segment | None = None
         self.described: dict[str, tuple[Segment, Signal, Cells, int, int]] = {}
-        self.contents: dict[str, bytes] = {}
+        self.descriptions: dict[str, bytes] = {}
         self.latest: dict[str, int] = {}
         self.problems: dict[str, None] = {}
         self.contradictions = False
-        for event in read_events(file, self._problem, verify):
+
+    def take_all(self, events: Iterable[Event]) -> None:
+        for event in events:
             for value in event.summary.value:
                 if value.tag.startswith(PREFIX):
                     try:
                         self._take(event, value)
-                    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                        self._problem(f"{self.file}: {value.tag} at step {event.step} skipped: {error}")
+                    except DAMAGE as error:
+                        self.problem(f"{self.file}: {value.tag} at step {event.step} skipped: {error}")
         for segment in self.found.values():
             segment.problems = list(self.problems)
+
+    def contents(self) -> Contents:
+        return Contents(tuple(self.found.values()), tuple(self.problems))
 
     @property
     def suspicious(self) -> bool:
         # One writer, one job, one file; a tail that is still being written is no damage.
         return self.contradictions or len(self.found) > 1 or any(TAIL not in p for p in self.problems)
 
-    def _problem(self, text: str) -> None:
+    def problem(self, text: str) -> None:
         self.problems[text] = None
 
     def _segment(self, run: str, number: int, time: float) -> Segment:
@@ -231,16 +279,16 @@ class _FileReader:
     def _take_cells(self, event: Event, value: Summary.Value) -> None:
         content = value.metadata.plugin_data.content
         # Most events repeat the description of the one before, which then costs one comparison.
-        if content and content != self.contents.get(value.tag):
+        if content and content != self.descriptions.get(value.tag):
             data = load_description(content)
             if data["v"] > VERSION:
                 raise ValueError(f"format {data['v']} is newer than the {VERSION} that this package reads")
-            self.contradictions |= value.tag in self.contents
+            self.contradictions |= value.tag in self.descriptions
             self.current = self._segment(data["id"], data["segment"], event.wall_time)
             signal, cells = signal_from_json(data["signal"]), cells_from_json(data["cells"])
             width = 1 + len(cells) * (2 if data.get("ranks") else 1)
             self.described[value.tag] = self.current, signal, cells, width, int(data.get("every", 1))
-            self.contents[value.tag] = content
+            self.descriptions[value.tag] = content
         if value.tag not in self.described:
             raise ValueError("its description is missing")
         segment, signal, cells, width, every = self.described[value.tag]
@@ -268,24 +316,33 @@ def _frame_facts(chunk: dict[str, Any]) -> list[FrameFacts]:
             None if pace is None else float(pace),
             {name: int(count) for name, count in updates.items()},
             {name: float(rate) for name, rate in rates.items()},
-            bool(early),
+            bool(rest and rest[0]),
+            tuple(rest[1]) if len(rest) > 1 else (),
         )
-        for step, lane, at, time, pace, updates, rates, *early in chunk["rows"]
+        for step, lane, at, time, pace, updates, rates, *rest in chunk["rows"]
     ]
 
 
-def _join(segments: list[Segment]) -> LogData:
+def join(segments: Sequence[Segment]) -> LogData:
     """Lays the segments of one run over each other: where a later one begins, the earlier ones end."""
-    history = History()
+    history = History(MAX_SAMPLES, MAX_BYTES)
     alerts: list[dict[str, Any]] = []
+    repeated: list[History] = []
     for segment in segments:
         if segment.start is not None:
+            repeated.append(_from_step(history, segment.start))
             history.rollback(segment.start - 1)
             alerts = [a for a in alerts if a["step"] < segment.start]
         for row in segment.rows:
             history.extend(row.signal, row.steps, row.cells, row.values, unmark(row.values), segment.number)
         alerts += segment.alerts
     infos = [s.info for s in segments if s.info is not None]
+    problems = [p for s in segments for p in s.problems]
+    problems += [
+        f"{name} has more samples than are kept in memory: of the distant past some are left out"
+        for name, series in history.items()
+        if series.thinned
+    ]
     return LogData(
         run=infos[-1] if infos else RunInfo(run_id=segments[0].run),
         history=history,
@@ -293,5 +350,17 @@ def _join(segments: list[Segment]) -> LogData:
         coverage=next((s.coverage for s in reversed(segments) if s.coverage), ()),
         segments=tuple(dict.fromkeys(s.number for s in segments)),
         files=tuple(dict.fromkeys(s.file for s in segments)),
-        problems=tuple(dict.fromkeys(p for s in segments for p in s.problems)),
+        problems=tuple(dict.fromkeys(problems)),
+        repeated=tuple(part for part in repeated if part),
     )
+
+
+def _from_step(history: History, step: int) -> History:
+    """The samples from ``step`` on."""
+    later = History(history.max_samples, history.max_bytes)
+    for series in history.values():
+        at = int(np.searchsorted(series.steps, step))
+        if at < len(series):
+            rows = series.steps[at:], series.cells, series.values[at:], series.seen[at:]
+            later.extend(series.signal, *rows, int(series.segments[at]))
+    return later

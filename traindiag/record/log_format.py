@@ -221,7 +221,8 @@ class _Frames:
     def add(self, frame: Frame) -> list[tuple[int, Summary.Value]]:
         names = self.names.setdefault(tuple(frame.readings), len(self.names))
         known = frame.time, frame.seconds_per_step, dict(frame.updates), dict(frame.learning_rates)
-        self.rows.append([frame.step, frame.lane, names, *known, *([True] if frame.early else [])])
+        rest = [frame.early, list(frame.batches)] if frame.batches else [True] if frame.early else []
+        self.rows.append([frame.step, frame.lane, names, *known, *rest])
         return self.flush() if len(self.rows) == CHUNK_STEPS else []
 
     def flush(self) -> list[tuple[int, Summary.Value]]:

@@ -110,6 +110,7 @@ class Recording:
             learning_rates=facts.learning_rates,
             segment=segment,
             early=facts.early,
+            batches=facts.batches,
         )
 
 

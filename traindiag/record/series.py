@@ -53,6 +53,8 @@ class Series:
 
     def __init__(self, signal: Signal, cells: Cells) -> None:
         self.signal = signal
+        self.thinned = False
+        """Whether samples were left out for want of room."""
         self._order = Alignment(cells)
         self._count = 0
         self._steps = np.empty(0, np.int64)
@@ -220,6 +222,7 @@ class Series:
         dropped = odd[np.argsort(crowding, kind="stable")[: max(1, self._count // 4)]]
         kept = np.delete(np.arange(self._count), dropped)
         self._allocate(len(kept), kept)
+        self.thinned = True
 
     @property
     def nbytes(self) -> int:

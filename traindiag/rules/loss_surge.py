@@ -24,7 +24,7 @@ class LossSurge(Rule):
     """Speaks when the loss rises at once by a large share of what the run has learned so far.
 
     What was learned is the median of the first 3 values less the median of the last 8. That measure has the scale of
-    the task: a loss near zero that is a hundred times as large in an odd batch does not come near a third of it. And
+    the task: a loss near zero that is a hundred times as large in an odd batch does not come near half of it. And
     it must stand out of the noise from batch to batch by ``z`` robust deviations, taken from the changes of the last
     64 steps. A run that has learned less than ``learned`` of its first loss is not judged; losses that do not fall,
     such as those of critics and adversaries, never are.
@@ -61,8 +61,8 @@ class LossSurge(Rule):
     def __init__(
         self,
         *,
-        share: float = 1 / 3,
-        learned: float = 0.25,
+        share: float = 0.45,
+        learned: float = 0.5,
         z: float = 5.0,
         cooldown: int = COOLDOWN,
         warns_with: str | None = "output/log_z",

@@ -23,6 +23,7 @@ from traindiag.rules.rule_set import RuleSet
 from traindiag.rules.second_moment import StaleSecondMoment
 from traindiag.rules.shift import Shift
 from traindiag.rules.spike import Spike
+from traindiag.rules.stability import TaskGap
 from traindiag.rules.threshold import Threshold
 from traindiag.rules.trend import Trend
 from traindiag.rules.vanishing import Vanishing
@@ -44,6 +45,7 @@ RULES: Mapping[str, Callable[..., Any]] = {
         LostPlasticity,
         PlasticityPlateau,
         OutputDrift,
+        TaskGap,
         LossSurge,
         Vanishing,
         NonFinite,

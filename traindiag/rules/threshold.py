@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from traindiag.record.catalogue import check_signal
+from traindiag.record.catalogue import BY_NAME, check_signal
 from traindiag.record.frame import BoolArray, FloatArray, Frame, Reading
 from traindiag.rules import arguments
 from traindiag.rules.alive import idle_members
 from traindiag.rules.cell_table import CellTable, verdict_at
+from traindiag.rules.learned import LOSS, LossLeft
 from traindiag.rules.rule import COOLDOWN, Rule, Severity, Verdict
 from traindiag.rules.wording import more, number
 
@@ -58,6 +59,8 @@ class Threshold(Rule):
         fallen_from: A cell is held against ``below`` only once it has been seen above this, and finite.
         waits: A cell that its first sample does not see is left out until it has been inside the limit. So is the
             update ratio of weights that began at zero: their t-th update is about a t-th of them.
+        left: Crossings count only while the loss is above this share of its first value: where all is learned,
+            gradients are small and nothing is wrong. Without a loss they always count.
         name: Name of the rule, which must be unique; made of signal and limits where it is not given.
 
     Raises:
@@ -92,6 +95,7 @@ class Threshold(Rule):
         share: float = 0.0,
         fallen_from: float | None = None,
         waits: bool = False,
+        left: float = 0.0,
         name: str | None = None,
     ) -> None:
         check_signal(signal)
@@ -104,7 +108,7 @@ class Threshold(Rule):
         arguments.at_least(0, cooldown=cooldown)
         arguments.above(1.0, growth=growth)
         arguments.severity(severity)
-        arguments.share(share=share)
+        arguments.share(share=share, left=left)
         if fallen_from is not None and (below is None or fallen_from <= below):
             raise ValueError(f"fallen_from must lie above below, got fallen_from={fallen_from} with below={below}")
         if above is not None and below is not None and below >= above:
@@ -115,14 +119,16 @@ class Threshold(Rule):
             raise ValueError(f"critical_below must lie beyond below, got {critical_below} with below={below}")
         if inherit and (above is None or above <= 0):
             raise ValueError(f"inherit=True measures growth, which needs above > 0; got above={above}")
-        self.signal, self.signals = signal, (signal,)
+        self.signal, self.signals = signal, (signal, LOSS) if left and signal != LOSS else (signal,)
+        self._left = LossLeft(left) if left else None
         self.above, self.below = above, below
         self.critical_above, self.critical_below = critical_above, critical_below
         self.persistence, self.cooldown = persistence, cooldown
         self.where, self.severity = where, severity
         self.inherit, self.growth = inherit, growth
         self.share, self.fallen_from, self.waits = share, fallen_from, waits
-        self.patient = severity == "info" or persistence >= PATIENT_PERSISTENCE
+        slow = signal in BY_NAME and BY_NAME[signal].lane != "fast"
+        self.patient = severity == "info" or persistence >= PATIENT_PERSISTENCE or slow
         sides = [f"{word} {number(at)}" for word, at in (("above", above), ("below", below)) if at is not None]
         self.name = name or " ".join([signal, *sides, *(() if where == "*" else ("at", where))])
         # Python floats: numpy compares them as float32, as the values are, so that a logged 0.1 is not above 0.1.
@@ -145,6 +151,8 @@ class Threshold(Rule):
         self._open = False
 
     def update(self, frame: Frame) -> Sequence[Verdict]:
+        if self._left is not None:
+            self._left.follow(frame)
         reading = frame.readings.get(self.signal)
         if reading is None:
             return ()
@@ -163,6 +171,7 @@ class Threshold(Rule):
         if crossing.any() and (idle := self._idle(values, seen)) is not None:
             seen, crossing = seen & ~idle, crossing & ~idle
         too_few = bool(self.share) and crossing.sum() < self.share * (seen & ~np.isnan(values)).sum()
+        too_few = too_few or (self._left is not None and bool(crossing.any()) and not self._left.some())
         if too_few:
             crossing[:] = False
         count, active, held = table["count"], table["active"], table["held"]
@@ -285,8 +294,11 @@ class Threshold(Rule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"open": self._open, "table": self._table.state_dict()}
+        state = {"open": self._open, "table": self._table.state_dict()}
+        return state if self._left is None else {**state, "left": self._left.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._open = bool(state["open"])
         self._table.load_state_dict(state["table"])
+        if self._left is not None:
+            self._left.load_state_dict(state.get("left", {}))

@@ -30,6 +30,7 @@ from traindiag.alerts.diagnosis.optimizer import (
 from traindiag.alerts.diagnosis.output import OutputLogitDivergence
 from traindiag.alerts.diagnosis.plasticity import LossOfPlasticity, PlasticityKept, SoftDivergence
 from traindiag.alerts.diagnosis.resume import LostOptimizerState
+from traindiag.alerts.diagnosis.stability import Forgetting, StabilityGap
 from traindiag.alerts.diagnosis.wiring import (
     FrozenChanges,
     NoGradient,
@@ -47,6 +48,8 @@ FAILURES: tuple[Failure, ...] = (
     LowPrecisionOverflow(),
     NonFiniteValues(),
     SkippedUpdates(),
+    StabilityGap(),
+    Forgetting(),
     InheritedLogits(),
     LearningRateRaised(),
     AttentionLogitGrowth(),

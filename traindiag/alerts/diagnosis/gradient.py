@@ -66,12 +66,20 @@ class CorruptBatch(Failure):
             usual("a stale second moment: RMS_t before", moment, 2.3)
             + usual("updates out of proportion: the ratio", case.now("optimizer/update_ratio"), 0.1),
             (
-                Remedy(f"Look at the samples of step {step}: length, repetition, labels, range.", when="now"),
+                Remedy(
+                    f"Look at the samples of step {step}{_called(case, step)}: length, repetition, labels, range.",
+                    when="now",
+                ),
                 *clip(case.run),
                 skip_batches(step),
             ),
             rules_of(loss, gradient, case.by(*RMS_T)),
         )
+
+
+def _called(case: Case, step: int) -> str:
+    names = case.memory.batches(step)
+    return f" ({'; '.join(names)})" if names else ""
 
 
 def _jumped_with(case: Case, loss: Witness) -> bool:

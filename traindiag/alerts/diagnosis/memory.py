@@ -22,6 +22,9 @@ MATERIAL = 0.1
 batches differ a hundredfold: without this 8 of 155 healthy small runs (79,000 steps) had a warning made of a jump
 below a tenth, with it none."""
 
+BATCHES = 8
+"""Steps whose batches are remembered by name."""
+
 TENSORS = 8
 """Tensors that a bundle names, those with the largest share first."""
 
@@ -96,6 +99,7 @@ class Memory:
         self._anchor: dict[str, _Sight] = {}
         self._earlier: dict[str, _Sight] = {}
         self._recent: deque[tuple[int, tuple[Reading | float | None, ...]]] = deque(maxlen=STEPS)
+        self._batches: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=BATCHES)
 
     def take(self, frame: Frame, verdicts: Sequence[Verdict]) -> None:
         """Remembers a frame.
@@ -123,6 +127,8 @@ class Memory:
                 self._earlier[name], self._anchor[name] = anchor, sight
         if frame.lane == "fast":
             self._recent.append((step, tuple(frame.readings.get(name) for name in _SERIES)))
+            if frame.batches:
+                self._batches.append((step, frame.batches))
 
     def now(self, signal: str) -> Level | None:
         """The latest sight of a signal."""
@@ -147,8 +153,13 @@ class Memory:
             return True
         return loss - healthy.high >= MATERIAL * first.high
 
+    def batches(self, step: int) -> tuple[str, ...]:
+        """What the batches of a recent step were called."""
+        return next((names for at, names in self._batches if at == step), ())
+
     def bundle(self, *, tensors: bool) -> dict[str, Any]:
-        """What led to this moment, as plain data: the last steps and, if asked for, which tensors jumped.
+        """What led to this moment, as plain data: the last steps and, if asked for, which tensors jumped and what the
+        last batches were called.
 
         ``tensors`` are ordered by ``share`` of the growth of the squared norm since ``before``, the last healthy
         step; those that are not finite come first, in forward order and without a share.
@@ -161,6 +172,8 @@ class Memory:
                 found[name] = values
         if tensors and (ranked := self._ranked()):
             found["tensors"] = ranked
+        if tensors and self._batches:
+            found["batches"] = {str(step): list(names) for step, names in self._batches}
         return found
 
     def share(self) -> tuple[str, float] | None:
@@ -202,6 +215,7 @@ class Memory:
             for slot, sights in kept.items()
         }
         state["recent"] = [[step, [_worst(v) for v in row]] for step, row in self._recent]
+        state["batches"] = [[step, list(names)] for step, names in self._batches]
         state["tensors"] = [_plain(self._now.get(_TENSOR)), _plain(self._healthy.get(_TENSOR))]
         return state
 
@@ -212,6 +226,8 @@ class Memory:
             setattr(self, f"_{slot}", levels)
         self._recent.clear()
         self._recent.extend((int(step), tuple(row)) for step, row in state.get("recent", ()))
+        self._batches.clear()
+        self._batches.extend((int(step), tuple(names)) for step, names in state.get("batches", ()))
         for sights, plain in zip((self._now, self._healthy), state.get("tensors", ())):
             if plain is not None:
                 sights[_TENSOR] = _sight(plain)

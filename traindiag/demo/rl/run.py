@@ -21,7 +21,7 @@ from traindiag.rules.adaptive_replay import AdaptiveReplayRatio
 CHUNK = 10
 """Updates of priming, or environment steps, in what Lightning takes for a batch."""
 
-PRIMING = 3000
+PRIMING = 2000
 PRIMING_LR = 0.4
 """Steps so large that they push most units below zero for all states, for good: Adam's step is about the learning
 rate, whatever the gradient. At the ordinary rate the same priming did no lasting harm on so small a task."""
@@ -46,7 +46,7 @@ class Settings:
     """
 
     agent: AgentSettings = field(default_factory=AgentSettings)
-    steps: int = 6000
+    steps: int = 4000
     ratio: float = 1.0
     priming: int = 0
     primed_at: int = 1000

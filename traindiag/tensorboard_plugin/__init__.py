@@ -1,0 +1,1 @@
+"""The tab "Training diagnostics" inside TensorBoard."""
