@@ -116,8 +116,13 @@ def test_cartpole_with_many_updates_is_below_critical() -> None:
 def test_documents_of_the_rl_benchmarks_are_those_of_the_results() -> None:
     docs = demo_rl_table.DOCS.read_text()
     s, words = Settings(priming=PRIMING), " ".join(docs.split())
-    assert f"at environment step {s.primed_at:,} the second critic is trained for {s.priming:,} updates on the" in words
-    assert f"first {s.primed_on} transitions, at a learning rate of {s.priming_lr:g} in the place of {s.agent.lr:g}" in words
+    assert (
+        f"at environment step {s.primed_at:,} the second critic is trained for {s.priming:,} updates on the" in words
+    )
+    assert (
+        f"first {s.primed_on} transitions, at a learning rate of {s.priming_lr:g} in the place of {s.agent.lr:g}"
+        in words
+    )
     assert f"for {s.steps - s.primed_at:,} steps and cannot use them" in words
     assert docs == demo_rl_table.docs_with(docs, RL), "run python -m benchmarks.demo_rl tables"
     found = json.loads((ROOT / "benchmarks/results/adaptive_rr.json").read_text())
