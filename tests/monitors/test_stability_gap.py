@@ -148,6 +148,7 @@ def test_a_learning_rate_that_doubles_and_an_optimizer_that_forgets_are_found() 
 
     run.go(120, before=raise_it).go(120, before=reset).end()
     assert reasons(run) == {60: {"learning rate raised"}, 180: {"optimizer reset"}}
+    assert {*range(61, 110), *range(181, 230)} <= set(run.steps("loss"))  # at once, though nothing stirs
 
 
 def test_another_data_set_is_found_and_the_same_one_in_another_loader_is_not() -> None:

@@ -234,7 +234,7 @@ def _mark_gap(view: View, chart: Chart, gap: Gap, label: str) -> None:
             "x": [x for x, _, _ in ends],
             "y": [y for _, y, _ in ends],
             "marker": {"color": colour, "size": 10, "symbol": [s for _, _, s in ends], "line": {"width": 2}},
-            "text": [number(gap.value - gap.level), ""][: len(ends)],
+            "text": [_signed(gap.value - gap.level), ""][: len(ends)],
             "textposition": "bottom center" if gap.value < gap.level else "top center",
             "textfont": {"color": colour, "size": 12},
             "showlegend": False,
@@ -242,6 +242,10 @@ def _mark_gap(view: View, chart: Chart, gap: Gap, label: str) -> None:
             "hoverinfo": "text",
         }
     )
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
 
 
 _SHOWN = {
