@@ -217,8 +217,10 @@ def test_dark_mode_is_followed_while_it_is_toggled(tab: Tab) -> None:
     tab.page.evaluate("document.body.classList.remove('dark-mode')")
     tab.drawn("attention", "light")
     assert (frame.evaluate(colour), frame.evaluate(surface)) == light
-    tab.open("overview", query="?darkMode=true")
+    frame = tab.open("overview", None, query="?darkMode=true&runFilter=healthy")  # where no run is named
     tab.drawn("overview", "dark")
+    assert frame.is_checked("[aria-label='Show healthy/version_0']")
+    assert frame.locator(".run-list input:checked").count() == 1
 
 
 def test_a_deep_link_opens_run_panel_step_and_place(tab: Tab, logdir: Path) -> None:

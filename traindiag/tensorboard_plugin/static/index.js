@@ -93,7 +93,10 @@ function go(target) {
   const { panel, run, ...options } = target;
   if (panel) shown.panel = panel;
   if (run && !shown.runs.has(run)) shown.runs = new Set([run]);
-  shown.options = Object.fromEntries(Object.entries(options).filter(([, v]) => v !== null && v !== undefined));
+  const { severity } = shown.options; // what is filtered stays filtered
+  shown.options = Object.fromEntries(
+    Object.entries({ severity, ...options }).filter(([, v]) => v !== null && v !== undefined),
+  );
   remember();
   drawTabs();
   show();
