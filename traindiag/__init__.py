@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from traindiag.record.run_info import RunInfo
     from traindiag.record.series import History, Series
     from traindiag.record.signal import Signal
+    from traindiag.rules.adaptive_replay import AdaptiveReplayRatio
     from traindiag.rules.forecast import Forecast
     from traindiag.rules.growth import Growth
     from traindiag.rules.loss_surge import LossSurge
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveReplayRatio",
     "Alert",
     "Call",
     "Cell",
@@ -120,6 +122,7 @@ _HOMES = {
     "traindiag.record.run_info": ("RunInfo",),
     "traindiag.record.series": ("History", "Series"),
     "traindiag.record.signal": ("Signal",),
+    "traindiag.rules.adaptive_replay": ("AdaptiveReplayRatio",),
     "traindiag.rules.forecast": ("Forecast",),
     "traindiag.rules.nonfinite": ("NonFinite",),
     "traindiag.rules.rule": ("Rule", "Verdict"),

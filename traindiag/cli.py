@@ -110,6 +110,20 @@ def demo(
 
 
 @demos.command()
+def rl(
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, exploration and environment.")] = 0,
+    log_dir: Annotated[Path, _DEMO_LOGS] = Path("traindiag-demo"),
+) -> None:
+    """Train two agents that swing up a pendulum: a healthy one, and one whose critic is ruined before it acts."""
+    from traindiag.demo.rl.show import show
+
+    try:
+        show(seed, log_dir)
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@demos.command()
 def continual(
     replay: Annotated[
         float | None,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.monitors.test_critic_plasticity import agent, learn
+from tests.ranks import run_on_ranks
 from tests.replay.test_live_and_replay_agree import same
 from traindiag import Alert, CriticPlasticity, Diagnostics
 
@@ -74,3 +77,30 @@ def test_a_critic_that_keeps_its_units_is_left_alone_but_for_a_note() -> None:
     assert diagnostics is not None
     diagnostics.finish()
     assert [(a.diagnosis, a.severity) for a in diagnostics.alerts] == [("plasticity kept", "info")]
+
+
+def on_rank(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(agent()["critic"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    monitor = CriticPlasticity("Modules", gamma=0.9, reward_bound=1.0, every=20, states=128)
+    diagnostics = Diagnostics(model, optimizer, terminal=False, strict=True, max_overhead=None, monitors=[monitor])
+    for step in range(45):
+        with diagnostics.step():
+            x = torch.randn(8 + rank, 4, generator=torch.Generator().manual_seed(1000 * rank + step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    diagnostics.finish()
+    history = diagnostics.history
+    kept = monitor.state_dict()["modules"]["Modules"]["fixed"]["args"][0]
+    found = {n: history[n].values.tolist() for n in history if n.startswith("plasticity/")}
+    return {"found": found, "steps": history["plasticity/fau"].steps.tolist(), "states": kept}
+
+
+def test_two_ranks_look_at_states_of_their_own_and_read_the_same_numbers() -> None:
+    first, second = run_on_ranks(on_rank)
+    assert not torch.equal(first["states"], second["states"])
+    assert first["steps"] == second["steps"] == [15, 19, 39]
+    assert first["found"] == second["found"] and len(first["found"]) > 15
+    assert first["found"]["plasticity/updates"][-1] == [40.0]

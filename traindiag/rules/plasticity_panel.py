@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,6 @@ from traindiag.rules.wording import number
 SETTLED = 1000
 """Updates after which dead and dormant units and ranks get their baseline: in the first thousand the data shape them
 (measured on DQN: 28 % to 48 % of 0.1-dormant units, srank 128 to 45, in runs that go on to learn)."""
-
-BASE_LOOKS = 3
-"""Looks whose median is a baseline of that kind."""
 
 ACTIVE_LEFT = 0.6
 """Share of the first fraction of active units below which too little is left. Ours: in runs that learn it stays above
@@ -81,7 +77,6 @@ class PlasticityPanel:
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
-        self._settling: dict[str, list[float]] = {}
         self._streaks: dict[str, int] = {}
         self._held: dict[str, Sign] = {}
 
@@ -107,13 +102,11 @@ class PlasticityPanel:
         return self._first.setdefault("|".join((signal, *place)), value)
 
     def _settled(self, signal: str, place: Sequence[str], value: float, updates: float) -> float | None:
-        """Median of the first values after :data:`SETTLED` updates; None before there are any."""
-        if updates < SETTLED:
-            return None
-        values = self._settling.setdefault("|".join((signal, *place)), [])
-        if len(values) < BASE_LOOKS:
-            values.append(value)
-        return median(values)
+        """The first value after :data:`SETTLED` updates; None before there is one.
+
+        One look is enough, because states stay the same, and where units are lost fast a later one is no baseline.
+        """
+        return None if updates < SETTLED else self.first(signal, place, value)
 
     def _sign(self, signal: str, place: Sequence[str], value: float, updates: float) -> Sign | None:
         where, shown = (f" at {place[1]}" if len(place) > 1 else ""), number(value)
@@ -156,14 +149,12 @@ class PlasticityPanel:
     def state_dict(self) -> dict[str, Any]:
         return {
             "first": dict(self._first),
-            "settling": {key: list(values) for key, values in self._settling.items()},
             "streaks": dict(self._streaks),
             "held": {k: [s.kind, s.signal, s.value, s.limit, s.words] for k, s in self._held.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._first = dict(state["first"])
-        self._settling = {key: list(values) for key, values in state["settling"].items()}
         self._streaks = dict(state["streaks"])
         self._held = {key: Sign(*values) for key, values in state["held"].items()}
 

@@ -1,0 +1,1 @@
+"""Two critics on the same task: one learns, one was ruined before it could."""
