@@ -55,13 +55,14 @@ class Run:
         self.diagnostics = Diagnostics(self.model, self.optimizer, monitors=monitors, **options)
         self.generator = torch.Generator().manual_seed(1)
         self.losses: list[Tensor] = []
+        self.offset = 0.0
 
     def go(self, steps: int, sign: float = 1.0, before: Callable[[int], None] = lambda i: None) -> Run:
         for i in range(steps):
             before(i)
             with self.diagnostics.step() as step:
                 inputs = torch.randn(64, 4, generator=self.generator)
-                found = nn.functional.mse_loss(self.model(inputs), target(inputs, sign))
+                found = nn.functional.mse_loss(self.model(inputs), target(inputs, sign)) + self.offset
                 step.loss(found).backward()
                 step.gradients()
                 self.optimizer.step()
@@ -135,20 +136,29 @@ def test_a_loss_that_jumps_is_found_at_its_step_and_evaluated_from_the_next_one_
     assert alert.diagnosis == "forgetting" and 200 < alert.step <= 206
 
 
+def test_a_jump_that_stirs_nothing_is_heard_at_once_too() -> None:
+    run = Run(gap(every=1000))
+    run.offset = 3.0  # no total doubles, so without the monitor these steps would wait for others
+    run.go(203).go(20, -1.0).end()
+    assert max(run.losses[203:206]) < 2 * min(run.losses[150:203])
+    assert reasons(run) == {203: {"loss jumped"}}
+    assert run.steps("loss") == [0, *range(204, 223)]
+
+
 def test_a_learning_rate_that_doubles_and_an_optimizer_that_forgets_are_found() -> None:
-    run = Run(gap())
+    run = Run(gap(every=1000))
 
     def raise_it(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.param_groups[0]["lr"] *= 2.5
 
     def reset(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.state.clear()
 
     run.go(120, before=raise_it).go(120, before=reset).end()
-    assert reasons(run) == {60: {"learning rate raised"}, 180: {"optimizer reset"}}
-    assert {*range(61, 110), *range(181, 230)} <= set(run.steps("loss"))  # at once, though nothing stirs
+    assert reasons(run) == {63: {"learning rate raised"}, 183: {"optimizer reset"}}
+    assert {*range(64, 113), *range(184, 233)} <= set(run.steps("loss"))
 
 
 def test_another_data_set_is_found_and_the_same_one_in_another_loader_is_not() -> None:
