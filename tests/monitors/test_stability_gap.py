@@ -136,6 +136,19 @@ def test_a_loss_that_jumps_is_found_at_its_step_and_evaluated_from_the_next_one_
     assert alert.diagnosis == "forgetting" and 200 < alert.step <= 206
 
 
+def test_a_batch_that_stands_out_soon_after_a_shift_is_none() -> None:
+    monitor = gap()
+    run = Run(monitor).go(100)
+    monitor.mark_shift("sign")
+    run.go(137, -1.0)
+    run.offset = 30.0
+    run.go(1, -1.0)
+    run.offset = 0.0
+    run.go(20, -1.0).end()
+    assert list(reasons(run)) == [100]
+    assert monitor.continual.gaps["old"].shift == 100 and not monitor.continual.earlier
+
+
 def test_a_jump_that_stirs_nothing_is_heard_at_once_too() -> None:
     run = Run(gap(every=1000))
     run.offset = 3.0  # no total doubles, so without the monitor these steps would wait for others
