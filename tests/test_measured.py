@@ -108,7 +108,7 @@ def test_healthy_critics_are_not_warned_of() -> None:
 
 
 def test_cartpole_with_many_updates_is_below_critical() -> None:
-    runs = of_kind(RL, "cartpole, 8 updates a step")
+    runs = of_kind(RL, "cartpole, ratio 4")
     assert runs and better_with_more_updates(RL)
     assert "critical" not in {worst(r) for r in runs}
 
