@@ -129,3 +129,7 @@ def test_documents_of_the_rl_benchmarks_are_those_of_the_results() -> None:
     docs = adaptive_rr_tables.DOCS.read_text()
     assert docs == adaptive_rr_tables.docs_with(docs, found), "run python -m benchmarks.adaptive_rr tables"
     assert found["settings"] == adaptive_rr_settings(), "run python -m benchmarks.adaptive_rr"
+    assert "nowhere is the adaptive ratio better than both fixed ones" in docs
+    assert "better than the low one and better than the high one" not in adaptive_rr_tables.verdict(found)
+    assert "In all of these runs the FAU keeps 99 % of its first value or rises" in docs
+    assert all(min(r["fau"]) >= 0.99 * r["fau"][0] for r in found["runs"])
