@@ -2,7 +2,7 @@
 
 The demo was made on seeds 0 to 5; these are others. A primed run suffers from the environment step at which its
 return stays clearly below that of the worst healthy run. Reset runs are primed too, and then given fresh weights.
-Beside it: CartPole with one update a step and with eight, which learns better and has fewer active units. Runs that
+Beside it: CartPole with one update a step and with four, which learns better (seen on seeds 0 to 2). Runs that
 are in the result file under the same rules are kept, so an interrupted benchmark goes on where it stopped.
 
     python -m benchmarks.demo_rl            # trains what is missing; results/demo_rl.json and docs/rl_demo.md
@@ -30,22 +30,21 @@ from traindiag.rules.rule_set import RuleSet
 
 RESULT = Path(__file__).parent / "results" / "demo_rl.json"
 SEEDS = (20, 21, 22, 23, 24)
-CARTPOLE_SEEDS = (20, 21, 22)
+CARTPOLE_SEEDS = (30, 31, 32)
 
-_CARTPOLE = Settings(AgentSettings(task="CartPole-v1"), steps=2000)
+_CARTPOLE = Settings(AgentSettings(task="CartPole-v1"), steps=10_000)
 KINDS: dict[str, Settings] = {
     "healthy": Settings(),
     "primed": Settings(priming=PRIMING),
     "reset": Settings(priming=PRIMING, reset=True),
-    "cartpole, 1 update a step": _CARTPOLE,
-    "cartpole, 8 updates a step": replace(_CARTPOLE, ratio=8.0),
+    "cartpole, ratio 1": _CARTPOLE,
+    "cartpole, ratio 4": replace(_CARTPOLE, ratio=4.0),
 }
 
 
 PLAN = (
-    (("healthy", "primed"), SEEDS),
-    (("cartpole, 1 update a step", "cartpole, 8 updates a step"), CARTPOLE_SEEDS),
-    (("reset",), SEEDS),
+    (("healthy", "primed", "reset"), SEEDS),
+    (("cartpole, ratio 1", "cartpole, ratio 4"), CARTPOLE_SEEDS),
 )
 
 
@@ -98,6 +97,7 @@ def main() -> None:
     digest = rules_digest()
     stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     runs: list[dict[str, Any]] = stored.get("runs", []) if stored.get("rules") == digest else []
+    runs = [r for r in runs if r["kind"] in KINDS]
     plan = [(kind, seed) for kinds, seeds in PLAN for seed in seeds for kind in kinds]
     for i, (kind, seed) in enumerate(() if sys.argv[1:] == ["tables"] else plan, start=1):
         if not any((r["kind"], r["seed"]) == (kind, seed) for r in runs):

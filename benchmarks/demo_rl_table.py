@@ -10,8 +10,8 @@ from traindiag.demo.rl.story import MARGIN
 
 DOCS = ROOT / "docs" / "rl_demo.md"
 
-_LOW = "cartpole, 1 update a step"
-_HIGH = "cartpole, 8 updates a step"
+_LOW = "cartpole, ratio 1"
+_HIGH = "cartpole, ratio 4"
 _ORDER = ("healthy", "primed", "reset", _LOW, _HIGH)
 _SEVERITIES = ("nothing", "warning", "critical")
 
@@ -46,7 +46,7 @@ def flagged_before(found: Found) -> list[Found]:
 
 
 def better_with_more_updates(found: Found) -> list[int]:
-    """Seeds of CartPole on which eight updates a step gave the higher return."""
+    """Seeds of CartPole on which four updates a step gave the higher return."""
     low = {r["seed"]: r["last"] for r in of_kind(found, _LOW)}
     return [r["seed"] for r in of_kind(found, _HIGH) if r["seed"] in low and r["last"] > low[r["seed"]]]
 
@@ -87,7 +87,7 @@ def claims(found: Found) -> str:
         better = len(better_with_more_updates(found))
         critical = _count(high, "critical")
         told.append(
-            f"On CartPole, eight updates a step end with a higher return than one on {better} of {len(high)} seeds; "
+            f"On CartPole, four updates a step end with a higher return than one on {better} of {len(high)} seeds; "
             f"{critical or 'none'} of them {'is' if critical == 1 else 'are'} called critical."
         )
     return " ".join(told)

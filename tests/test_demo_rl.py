@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from traindiag import AdaptiveReplayRatio, TrainingDiagnostics
 from traindiag.cli import app
 from traindiag.demo.rl.agent import Agent, AgentSettings, Replay
-from traindiag.demo.rl.run import CHUNK, Learner, Settings, train
+from traindiag.demo.rl.run import CHUNK, PRIMING, Learner, Settings, train
 from traindiag.demo.rl.show import monitor, show
 from traindiag.demo.rl.story import onset, recent
 from traindiag.demo.rl.task import Task
@@ -296,5 +296,5 @@ def test_without_gymnasium_the_command_says_what_to_install(monkeypatch: pytest.
     assert done.exit_code == 2 and "traindiag[rl]" in done.output
 
 
-def test_primed_beyond_all_measure_is_a_multiple_of_the_chunk() -> None:
-    assert CHUNK == 10 and len(Settings(priming=2000).primed) == 200
+def test_the_demo_primes_for_as_many_batches_as_it_has_updates() -> None:
+    assert len(Settings(priming=PRIMING).primed) * CHUNK == PRIMING

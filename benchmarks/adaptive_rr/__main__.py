@@ -19,7 +19,7 @@ from benchmarks.adaptive_rr.train import ARMS, STEPS, settings, train
 from benchmarks.machine import machine
 
 RESULT = Path(__file__).parents[1] / "results" / "adaptive_rr.json"
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = tuple(range(8))
 
 
 def main(arguments: list[str] | None = None) -> int:

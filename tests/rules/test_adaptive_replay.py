@@ -94,8 +94,8 @@ def test_interval_that_was_not_seen_decides_nothing() -> None:
     replay.update(0.4, env_step=40)
     assert replay.switched_at == 10, "0.5 against the first 0.5"
     late = AdaptiveReplayRatio(interval=10)
-    for step, fau in ((0, 0.5), (5, 0.4), (35, 0.4), (40, 0.4), (50, 0.4)):
-        late.update(fau, env_step=step)
+    for step, fau in ((0, 0.5), (5, 0.48), (35, 0.49), (40, 0.49), (50, 0.49)):
+        late.update(fau, env_step=step)  # what was before step 10 is not what was before step 30
     assert late.switched_at == 50
 
 

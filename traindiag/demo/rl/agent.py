@@ -172,5 +172,6 @@ class Agent:
     def follow(self) -> None:
         """Moves the averaged copy after an update."""
         with torch.no_grad():
-            copies, live = list(self.target.parameters()), list(self.critic.parameters())
+            copies: list[Tensor] = list(self.target.parameters())
+            live: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(copies, live, self.settings.average)

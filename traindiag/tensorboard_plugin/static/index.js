@@ -216,6 +216,10 @@ async function show({ always = false } = {}) {
     if (mine.signal.aborted) return;
     lastKey = key;
     failure = null;
+    if (asked.run.length > shown.runs.size) {
+      const text = `Tick two runs or more to compare those; now ${asked.run.length} are compared.`;
+      content.blocks.unshift({ kind: 'note', id: 'all', text });
+    }
     await board.draw(content);
     if (mine.signal.aborted) return;
     page.root.dataset.drawn = `${shown.panel} ${asked.theme}`;
