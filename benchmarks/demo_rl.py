@@ -30,7 +30,7 @@ from traindiag.rules.rule_set import RuleSet
 
 RESULT = Path(__file__).parent / "results" / "demo_rl.json"
 SEEDS = (20, 21, 22, 23, 24)
-CARTPOLE_SEEDS = (30,)
+CARTPOLE_SEEDS = (30, 31, 32)
 
 _CARTPOLE = Settings(AgentSettings(task="CartPole-v1"), steps=10_000)
 KINDS: dict[str, Settings] = {

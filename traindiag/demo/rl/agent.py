@@ -172,5 +172,5 @@ class Agent:
     def follow(self) -> None:
         """Moves the averaged copy after an update."""
         with torch.no_grad():
-            copies, live = list(self.target.parameters()), list(self.critic.parameters())
-            torch._foreach_lerp_(copies, live, self.settings.average)
+            for mean, live in zip(self.target.parameters(), self.critic.parameters()):
+                mean.lerp_(live, self.settings.average)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import gymnasium
 
 TORQUES = 5
 """Actions of Pendulum, evenly spaced from full torque one way to full torque the other."""
@@ -49,7 +46,7 @@ class Task:
 
     def __init__(self, name: str, seed: int) -> None:
         gymnasium = gym()
-        self._env: gymnasium.Env[Any, Any] = gymnasium.make(name)
+        self._env = gymnasium.make(name)
         space = self._env.action_space
         if isinstance(space, gymnasium.spaces.Discrete):
             self._torques = None
