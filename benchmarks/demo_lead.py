@@ -14,13 +14,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.early_warning.alarms import pack_digest
 from benchmarks.machine import machine
 from traindiag import TrainingDiagnostics
 from traindiag.demo.band import Band
 from traindiag.demo.run import HEALTHY_LR, UNSTABLE_LR, Settings, train
 from traindiag.demo.story import Story
-from traindiag.rules.default_pack import default_rules
-from traindiag.rules.rule_set import RuleSet
 
 RESULT = Path(__file__).parent / "results" / "demo_lead.json"
 SEEDS = (5, 6, 7, 8, 9)
@@ -46,7 +45,7 @@ def measure(lr: float, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Trains what is missing and writes after every run."""
-    digest = RuleSet(default_rules()).digest()
+    digest = pack_digest()
     stored = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     runs: list[dict[str, Any]] = stored.get("runs", []) if stored.get("rules") == digest else []
     done = {(r["lr"], r["seed"]) for r in runs}

@@ -14,13 +14,12 @@ from benchmarks.demo_rl import rules_digest
 from benchmarks.demo_rl_table import better_with_more_updates, flagged_before, of_kind, suffers, worst
 from benchmarks.early_warning import tables as early_warning
 from benchmarks.early_warning.agree import AGREE
+from benchmarks.early_warning.alarms import pack_digest
 from benchmarks.early_warning.fates import protocol
 from benchmarks.early_warning.judge import RESULT, protocol_digest
 from benchmarks.early_warning.zoo import zoo
 from benchmarks.tables import OVERHEAD, with_tables
 from traindiag.demo.rl.run import PRIMING, Settings
-from traindiag.rules.default_pack import default_rules
-from traindiag.rules.rule_set import RuleSet
 
 ROOT = Path(__file__).parents[1]
 LEAD: dict[str, Any] = json.loads((ROOT / "benchmarks/results/demo_lead.json").read_text())
@@ -30,7 +29,7 @@ HEALTHY = [r for r in LEAD["runs"] if r["lr"] <= 0.05]
 
 
 def test_the_benchmark_judged_todays_rules() -> None:
-    assert RuleSet(default_rules()).digest() == LEAD["rules"], "run python -m benchmarks.demo_lead again"
+    assert pack_digest() == LEAD["rules"], "run python -m benchmarks.demo_lead again"
 
 
 def test_every_unstable_seed_is_warned_at_least_twenty_steps_before_the_loss_shows_it() -> None:
@@ -59,7 +58,7 @@ def test_early_warning_was_judged_with_todays_rules_and_protocol() -> None:
     if not RESULT.exists():
         return
     found = json.loads(RESULT.read_text())
-    assert found["rules"] == RuleSet(default_rules()).digest(), "judge --split reporting again, with a reason"
+    assert found["rules"] == pack_digest(), "judge --split reporting again, with a reason"
     assert found["protocol"] == protocol_digest(), "judge fates and the reporting split again, with a reason"
     assert found["rows"].keys() & {run.row for run in zoo(protocol(), "reporting")}, "this is another split"
     first = [*found["history"], found][0]
@@ -69,7 +68,7 @@ def test_early_warning_was_judged_with_todays_rules_and_protocol() -> None:
 def test_early_warning_live_and_replay_agreed_with_todays_rules() -> None:
     if AGREE.exists():
         found = json.loads(AGREE.read_text())
-        assert found["rules"] == RuleSet(default_rules()).digest(), "run python -m benchmarks.early_warning agree"
+        assert found["rules"] == pack_digest(), "run python -m benchmarks.early_warning agree"
         assert all(run["same_in_replay"] for run in found["runs"])
 
 

@@ -56,7 +56,7 @@ def judge_runs(plan: Sequence[Run], tuning: Sequence[Run], folder: Path, fates: 
         ValueError: If any other run has no fate, or a control of the tuning split is missing.
     """
     whole = len(plan)
-    plan = [run for run in plan if run.name in fates or not run.cure]
+    plan, tuning = ([r for r in runs if r.name in fates or not r.cure] for runs in (plan, tuning))
     wanted = list({run.name: run for run in [*tuning, *plan]}.values())
     if missing := [run.name for run in wanted if run.name not in fates]:
         raise ValueError(f"{len(missing)} runs have no fate, such as {missing[0]}: train them and judge fates first")

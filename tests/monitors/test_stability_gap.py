@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from traindiag import Diagnostics, StabilityGap
+from traindiag import Diagnostics, StabilityGap, replay
 from traindiag.engine.lanes import MonitorFault
 
 INPUTS = torch.randn(96, 4, generator=torch.Generator().manual_seed(7))
@@ -49,17 +50,19 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         self.monitor = monitor
         monitors = [] if monitor is None else [monitor]
-        options = {"terminal": False, "strict": True, "default_monitors": False, "max_overhead": None, **settings}
+        options: dict[str, Any] = {"terminal": False, "strict": True, "default_monitors": False, "max_overhead": None}
+        options |= settings
         self.diagnostics = Diagnostics(self.model, self.optimizer, monitors=monitors, **options)
         self.generator = torch.Generator().manual_seed(1)
         self.losses: list[Tensor] = []
+        self.offset = 0.0
 
     def go(self, steps: int, sign: float = 1.0, before: Callable[[int], None] = lambda i: None) -> Run:
         for i in range(steps):
             before(i)
             with self.diagnostics.step() as step:
                 inputs = torch.randn(64, 4, generator=self.generator)
-                found = nn.functional.mse_loss(self.model(inputs), target(inputs, sign))
+                found = nn.functional.mse_loss(self.model(inputs), target(inputs, sign)) + self.offset
                 step.loss(found).backward()
                 step.gradients()
                 self.optimizer.step()
@@ -133,19 +136,42 @@ def test_a_loss_that_jumps_is_found_at_its_step_and_evaluated_from_the_next_one_
     assert alert.diagnosis == "forgetting" and 200 < alert.step <= 206
 
 
+def test_a_batch_that_stands_out_soon_after_a_shift_is_none() -> None:
+    monitor = gap()
+    run = Run(monitor).go(100)
+    monitor.mark_shift("sign")
+    run.go(137, -1.0)
+    run.offset = 30.0
+    run.go(1, -1.0)
+    run.offset = 0.0
+    run.go(20, -1.0).end()
+    assert list(reasons(run)) == [100]
+    assert monitor.continual.gaps["old"].shift == 100 and not monitor.continual.earlier
+
+
+def test_a_jump_that_stirs_nothing_is_heard_at_once_too() -> None:
+    run = Run(gap(every=1000))
+    run.offset = 3.0  # no total doubles, so without the monitor these steps would wait for others
+    run.go(203).go(20, -1.0).end()
+    assert max(run.losses[203:206]) < 2 * min(run.losses[150:203])
+    assert reasons(run) == {203: {"loss jumped"}}
+    assert run.steps("loss") == [0, *range(204, 223)]
+
+
 def test_a_learning_rate_that_doubles_and_an_optimizer_that_forgets_are_found() -> None:
-    run = Run(gap())
+    run = Run(gap(every=1000))
 
     def raise_it(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.param_groups[0]["lr"] *= 2.5
 
     def reset(i: int) -> None:
-        if i == 60:
+        if i == 63:
             run.optimizer.state.clear()
 
     run.go(120, before=raise_it).go(120, before=reset).end()
-    assert reasons(run) == {60: {"learning rate raised"}, 180: {"optimizer reset"}}
+    assert reasons(run) == {63: {"learning rate raised"}, 183: {"optimizer reset"}}
+    assert {*range(64, 113), *range(184, 233)} <= set(run.steps("loss"))
 
 
 def test_another_data_set_is_found_and_the_same_one_in_another_loader_is_not() -> None:
@@ -205,7 +231,7 @@ def test_gradients_are_those_of_both_tasks() -> None:
     assert cosine == pytest.approx(torch.cosine_similarity(new, old, dim=0).item(), rel=1e-3)
 
 
-def test_an_interrupted_run_is_told_what_an_unbroken_one_is() -> None:
+def test_an_interrupted_run_is_told_what_an_unbroken_one_is(tmp_path: Path) -> None:
     def turn(monitor: StabilityGap) -> None:
         monitor.mark_shift("sign")
 
@@ -219,14 +245,14 @@ def test_an_interrupted_run_is_told_what_an_unbroken_one_is() -> None:
         if cut > 150:
             turn(first)
             before.go(cut - 150, -1.0)
-        state = {k: before.diagnostics.state_dict() for k in ("diagnostics",)}
-        torch.save(state, "/dev/null")
+        torch.save(before.diagnostics.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
         model, optimizer = before.model.state_dict(), before.optimizer.state_dict()
         after = Run(second)
         after.model.load_state_dict(model)
         after.optimizer.load_state_dict(optimizer)
         after.generator.set_state(before.generator.get_state())
-        after.diagnostics.load_state_dict(state["diagnostics"])
+        after.diagnostics.load_state_dict(state)
         if cut < 150:
             after.go(150 - cut)
             turn(second)
@@ -386,3 +412,13 @@ def test_a_second_run_with_the_same_monitor_begins_anew() -> None:
         run = Run(monitor).go(10, -1.0).end()
     assert reasons(run) == {0: {"second"}}
     assert run.steps("loss") == list(range(10))
+
+
+def test_the_log_tells_again_what_was_told(tmp_path: Path) -> None:
+    monitor = gap()
+    run = Run(monitor, log_dir=tmp_path).go(100).go(20, -1.0)
+    monitor.mark_shift("back")
+    live = run.go(30).end().diagnostics.alerts
+    (replayed,) = replay(tmp_path).runs
+    assert [a.to_dict() for a in replayed.alerts] == [a.to_dict() for a in live]
+    assert {a.status for a in live} >= {"opened", "closed"}

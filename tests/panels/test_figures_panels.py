@@ -424,3 +424,9 @@ def test_a_slip_is_refused() -> None:
         build("atention", {"a": log()})
     with pytest.raises(ValueError, match="'light' or 'dark', got 'blue'"):
         build("overview", {"a": log()}, theme="blue")
+
+
+@pytest.mark.parametrize(("first", "mode"), [(0, "tozero"), (10, "tozero"), (31214, "normal")])
+def test_a_log_that_begins_late_is_not_a_stroke_at_the_edge(first: int, mode: str) -> None:
+    logs = log(history({"loss/value": (range(first, first + 40), ADAM, np.ones((40, 1)))}))
+    assert block(logs, "overview", "timeline")["figure"]["layout"]["xaxis"]["rangemode"] == mode

@@ -95,3 +95,12 @@ def test_values_beyond_any_return_have_a_line() -> None:
     drawn = block(log(made), "plasticity", "q-bound")
     assert [s["y0"] for s in drawn["figure"]["layout"]["shapes"] if s["y0"] == s["y1"]] == [1.0, 2.0]
     np.testing.assert_allclose(trace(drawn, "critic")["y"], np.linspace(0.5, 2, 5), rtol=1e-6)
+
+
+def test_the_curve_begins_shortly_before_the_first_shift() -> None:
+    logs, values = gapped()
+    made = block(logs, "stability", "old-tasks-value")
+    laid = made["figure"]["layout"]
+    assert laid["xaxis"]["range"][0] == 100 - 190 // 3 and laid["xaxis"]["range"][1] >= 290
+    assert laid["yaxis"]["range"][0] < values[10:].min() and laid["yaxis"]["range"][1] > values[10:].max()
+    assert trace(made, "old")["x"][0] == 0, "the whole run is there to zoom out to"

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,9 @@ class Server:
             before = now
             time.sleep(0.2 if isinstance(self.ingester, SubprocessServerDataIngester) else 0)
 
-    def reload(self) -> None:
-        if isinstance(self.ingester, LocalDataIngester):
-            self.ingester.start()
+    def close(self) -> None:
+        if isinstance(self.ingester, SubprocessServerDataIngester):
+            self.ingester._stdin_handle.close()  # the fast reader ends with its input
 
     def get(self, path: str, code: int = 200, **query: Any) -> Any:
         response = self.client.get(f"/data/plugin/traindiag/{path}", query_string=query)
@@ -94,8 +95,23 @@ class Server:
 
 
 @pytest.fixture(scope="module", params=READERS)
-def server(request: pytest.FixtureRequest, tab_logs: Path) -> Server:
-    return Server(tab_logs, request.param)
+def server(request: pytest.FixtureRequest, tab_logs: Path) -> Iterator[Server]:
+    opened = Server(tab_logs, request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    opened: list[Server] = []
+
+    def start(logdir: Path, reader: str, **more: Any) -> Server:
+        opened.append(Server(logdir, reader, **more))
+        return opened[-1]
+
+    yield start
+    for server in opened:
+        server.close()
 
 
 def blocks(content: Any, kind: str) -> list[Any]:
@@ -243,8 +259,10 @@ def test_only_the_page_and_the_frame_around_it_are_spoken_to() -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(reader: str, tab_logs: Path) -> None:
-    near, far = Server(tab_logs, reader), Server(tab_logs, reader, known_logdir=False)
+def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(
+    serve: Callable[..., Server], reader: str, tab_logs: Path
+) -> None:
+    near, far = serve(tab_logs, reader), serve(tab_logs, reader, known_logdir=False)
     runs_ = {r["name"]: r for r in far.json("state")["runs"]}
     assert all(r["sampled"] for r in runs_.values())
     assert set(runs_) == {r["name"] for r in near.json("state")["runs"]}
@@ -254,9 +272,9 @@ def test_where_files_are_out_of_reach_tensorboards_sample_is_shown_and_said(read
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_run_that_goes_on_is_seen_to_go_on(reader: str, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_seen_to_go_on(serve: Callable[..., Server], reader: str, tmp_path: Path) -> None:
     write_run(tmp_path / "a", "a", range(20))
-    server = Server(tmp_path, reader)
+    server = serve(tmp_path, reader)
     (before,) = server.json("state")["runs"]
     assert (before["name"], before["step"]) == ("a", 19)
     assert server.json("state")["runs"] == [before]
@@ -267,16 +285,44 @@ def test_a_run_that_goes_on_is_seen_to_go_on(reader: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_of_many_runs_the_latest_are_read_and_others_when_they_are_chosen(
+    serve: Callable[..., Server], reader: str, tab_logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = runs.read_file
+    monkeypatch.setattr(runs, "read_file", lambda file: read.append(file.parent.name) or original(file))
+    monkeypatch.setattr(runs, "EAGER_BYTES", 0)
+    server = serve(tab_logs, reader)
+    found = {r["name"]: r for r in server.json("state")["runs"]}
+    assert not read and not any(r["read"] for r in found.values())
+    assert set(found) == {"healthy/version_0", "unstable/version_0", HOSTILE, "resumed + resumed on"}
+    assert found["resumed + resumed on"]["step"] == 159
+    server.json("panel", run="resumed", panel="overview")
+    assert read == ["resumed", "resumed on"]
+    found = {r["name"]: r for r in server.json("state")["runs"]}
+    assert [name for name, r in found.items() if r["read"]] == ["resumed + resumed on"]
+    server.json("panel", run=HOSTILE, panel="overview")
+    server.json("panel", run="resumed", panel="output")
+    assert read == ["resumed", "resumed on", HOSTILE]
+    monkeypatch.setattr(runs, "KEPT_BYTES", 0)
+    server.json("panel", run=HOSTILE, panel="overview")
+    assert [r["name"] for r in server.json("state")["runs"] if r["read"]] == []
+    size = sum(f.stat().st_size for f in (tab_logs / HOSTILE).iterdir())
+    monkeypatch.setattr(runs, "EAGER_BYTES", 10 * size)
+    assert server.json("state")["runs"][0]["read"]
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_run_that_has_just_begun_and_an_empty_folder(
-    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Server], reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Server, "await_runs", lambda self: time.sleep(0.5))
-    empty = Server(tmp_path, reader)
+    empty = serve(tmp_path, reader)
     assert empty.json("state")["runs"] == []
     assert not json.loads(empty.client.get("/data/plugins_listing").get_data())["traindiag"]["enabled"]
     write_run(tmp_path, "a", [0], signals=())
     monkeypatch.undo()
-    server = Server(tmp_path, reader)
+    server = serve(tmp_path, reader)
     (run,) = server.json("state")["runs"]
     assert run["name"] == "."
     for panel in PANELS:
@@ -299,13 +345,13 @@ def damage(kind: str, file: Path) -> None:
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ["cut off", "overwritten", "descriptions", "alerts"])
 def test_damaged_data_is_shown_as_far_as_it_goes_and_said(
-    reader: str, kind: str, tmp_path: Path, tab_logs: Path
+    serve: Callable[..., Server], reader: str, kind: str, tmp_path: Path, tab_logs: Path
 ) -> None:
     shutil.copytree(tab_logs / HOSTILE, tmp_path / "bad")
     write_run(tmp_path / "good", "good", range(30))
     (file,) = (tmp_path / "bad").iterdir()
     damage(kind, file)
-    server = Server(tmp_path, reader)
+    server = serve(tmp_path, reader)
     found = {run["name"]: run for run in server.json("state")["runs"]}
     assert found["bad"]["problems"]
     assert not found["good"]["problems"]
@@ -313,7 +359,9 @@ def test_damaged_data_is_shown_as_far_as_it_goes_and_said(
         assert server.json("panel", run=["bad", "good"], panel=panel.id)["blocks"]
 
 
-def test_jobs_that_cannot_be_joined_cost_their_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_cannot_be_joined_cost_their_run_only(
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path / "a", "a", range(5))
     write_run(tmp_path / "b", "b", range(5))
     join = runs.join
@@ -324,7 +372,7 @@ def test_jobs_that_cannot_be_joined_cost_their_run_only(tmp_path: Path, monkeypa
         return join(segments)
 
     monkeypatch.setattr(runs, "join", fails)
-    state = Server(tmp_path, "python").json("state")
+    state = serve(tmp_path, "python").json("state")
     assert [r["name"] for r in state["runs"]] == ["b"]
     assert "a: its parts do not fit together" in state["problems"][0]
 
@@ -338,14 +386,14 @@ def test_a_fault_of_ours_is_told_in_the_tab_and_not_raised(server: Server, monke
     assert answer["error"] == "This could not be shown: RuntimeError: a fault"
 
 
-def test_two_runs_in_one_folder_have_a_name_each(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder_have_a_name_each(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_run(tmp_path / "x", "one", range(5))
     write_run(tmp_path / "x", "two", range(5))
-    assert [r["name"] for r in Server(tmp_path, "python").json("state")["runs"]] == ["x (one)", "x (two)"]
+    assert [r["name"] for r in serve(tmp_path, "python").json("state")["runs"]] == ["x (one)", "x (two)"]
 
 
 def test_a_large_damaged_file_that_grows_is_not_read_all_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     read = runs.read_file
@@ -358,7 +406,7 @@ def test_a_large_damaged_file_that_grows_is_not_read_all_the_time(
 
     monkeypatch.setattr(runs, "read_file", slow)
     write_run(tmp_path / "a", "a", range(5))
-    provider = Server(tmp_path, "python").provider
+    provider = serve(tmp_path, "python").provider
     calls.clear()
     found = runs.Runs(provider, str(tmp_path), clock=lambda: now[0])
     found.find(RequestContext(), "")
@@ -373,10 +421,10 @@ def test_a_large_damaged_file_that_grows_is_not_read_all_the_time(
     assert len(calls) == 2
 
 
-def test_a_large_model_opens_and_slides_fast(tmp_path: Path) -> None:
+def test_a_large_model_opens_and_slides_fast(serve: Callable[..., Server], tmp_path: Path) -> None:
     # 1,000 samples x 48 layers x 32 heads. What the server spends, so that a busy machine does not matter.
     write_run(tmp_path, "big", range(1000), cells=grid(48, 32), every=1, signals=("attention/logit_range",))
-    server = Server(tmp_path, "python")
+    server = serve(tmp_path, "python")
     began = time.process_time()
     server.json("state")
     server.json("panel", run=".", panel="attention")

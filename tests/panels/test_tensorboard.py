@@ -17,8 +17,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from traindiag.alerts.alert import Alert
-from traindiag.panels.aggregates import MAX_TAGS
-from traindiag.panels.layout import PINNED, links
+from traindiag.panels.aggregates import MAX_TAGS, Aggregates
+from traindiag.panels.layout import PINNED, layout_summary, links
 from traindiag.panels.sinks import FileSink, WriterSink
 from traindiag.panels.tensorboard import TensorBoardPanels
 from traindiag.record.catalogue import BY_NAME
@@ -131,6 +131,26 @@ def test_each_chart_of_the_layout_matches_tags_that_exist_and_no_others_by_accid
             found = [t for t in scalars if re.match(pattern, t)]
             assert 1 <= len(found) <= 2, (chart.title, pattern)
     assert not any(re.match(p, "diag_attention/max_logit_bound") for c in category.chart for p in c.multiline.tag)
+
+
+def test_charts_of_other_families_are_there_where_they_are_measured_and_match_their_tags():
+    names = {"plasticity": ("fau_pooled", "fau_fresh", "q_bound_ratio"), "stability": ("gap_depth", "loss")}
+    cells = {"plasticity": Cells.along("module", ["a", "b"]), "stability": Cells.along("task", ["a", "b"])}
+    for family, signals in names.items():
+        tags: list[str] = []
+        for name in signals:
+            signal = BY_NAME[f"{family}/{name}"]
+            reading = Reading(signal, cells[family], np.float32([1, 2]), np.array([True, True]))
+            tags += Aggregates().update(Frame(5, "active", {signal.name: reading}, RunInfo()))
+        usual, more = (charts_of(layout_summary(families)) for families in ((), {family, "attention"}))
+        assert not set(more[: len(usual)]) - set(usual) and len(more) == len(usual) + 2
+        for _, patterns in more[len(usual) :]:
+            assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), patterns
+
+
+def charts_of(summary):
+    layout = layout_pb2.Layout.FromString(summary.value[0].tensor.string_val[0])
+    return [(chart.title, tuple(chart.multiline.tag)) for chart in layout.category[0].chart]
 
 
 def test_the_link_pins_cards_that_exist(read):

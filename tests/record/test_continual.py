@@ -187,6 +187,16 @@ def test_nan_is_no_evaluation() -> None:
     assert run.gaps["a"].evaluations == 0 and "min_acc" not in run.summary()
 
 
+def test_gaps_of_earlier_shifts_are_kept() -> None:
+    run = Continual(["a"], False)
+    for step in range(60):
+        if step in (10, 40):
+            run.turn(step)
+        run.evaluate(step, {"a": 1.5 if 10 <= step < 14 else 1.0}, {"a": 4})
+    (first,) = run.earlier
+    assert (first["a"].shift, first["a"].verdict, run.gaps["a"].verdict) == (10, "transient", "none")
+
+
 def test_without_an_evaluation_before_it_a_shift_has_no_gap() -> None:
     run = Continual(["a"])
     run.turn(0)

@@ -41,8 +41,8 @@ class Phases:
         english: Steps of the first phase.
         python: Steps of the second one.
         seed: Of the weights and of the data.
-        lr: Peak learning rate of either phase; each falls to a tenth of it, and the second one begins at the peak
-            again, as is usual where training is continued.
+        lr: Peak learning rate of either phase. Each falls to a tenth of it, the second one in three quarters of its
+            steps and from the peak again, as is usual where training is continued.
         batch: Windows a step.
         context: Bytes in a window.
     """
@@ -71,9 +71,11 @@ class Phases:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step as a part of the peak."""
-        start, length = (0, self.english) if step < self.english else (self.english, self.python)
-        warm = min(1.0, (step + 1) / 20) if start == 0 else 1.0
-        return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - start) / max(1, length))))
+        if step < self.english:
+            done, warm = step / self.english, min(1.0, (step + 1) / 20)
+        else:
+            done, warm = min(1.0, (step - self.english) / max(1.0, 0.75 * self.python)), 1.0
+        return warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def documentation() -> tuple[Tensor, Tensor]:

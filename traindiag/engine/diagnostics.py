@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -27,16 +25,19 @@ from traindiag.capture.window import Capture
 from traindiag.engine.active import ActiveLane, Precision
 from traindiag.engine.aside import Aside
 from traindiag.engine.batches import name_batch
+from traindiag.engine.closures import closure_of, with_closure
 from traindiag.engine.containment import Border, LeavingLane, describe
 from traindiag.engine.decisions import Decisions, Save
+from traindiag.engine.entrances import at_entrances
 from traindiag.engine.judge import BATCH, Judge
 from traindiag.engine.lanes import MonitorLane, Received, StepFacts
 from traindiag.engine.meter import Meter
 from traindiag.engine.outlet import Outlet
-from traindiag.engine.run_facts import run_facts, with_attention
+from traindiag.engine.run_facts import run_facts, shared_run_id, with_attention
 from traindiag.engine.schedule import Schedule
 from traindiag.engine.settings import Settings
 from traindiag.engine.sight import coverage_of
+from traindiag.engine.step import Step
 from traindiag.monitors.logged import LoggedMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.coverage import Coverage
@@ -110,7 +111,7 @@ class Diagnostics:
         self.settings = settings or Settings(**keywords)
         self.models = list(model.values()) if isinstance(model, Mapping) else [model]
         self.watched = watch(model, optimizers, self.settings.watch)
-        known = {"run_id": _shared_run_id(), "silenced": dict(self.settings.silence), **(facts or {})}
+        known = {"run_id": shared_run_id(), "silenced": dict(self.settings.silence), **(facts or {})}
         self.run = run_facts(self.watched, self.models, schedulers, **known)
         self.step_count = 0
         self.segment = 0
@@ -619,40 +620,19 @@ class Diagnostics:
             lane.each("prepare", self.watched)
 
     def _live_on_hooks(self) -> None:
-        """A step begins with a training call of a model or, where the loop never calls the model itself, of one of
-        its trained parts: policies are often containers whose networks are called one by one.
-        """
         self._steps_end_with_updates = True
         trained = {id(p) for ps in self.watched.parameters.values() for _, p in ps}
 
-        def listen(entrance: nn.Module, parts: Sequence[RemovableHandle] = ()) -> list[RemovableHandle]:
-            def before_forward(module: nn.Module, _: object) -> None:
-                if self._active is not None and self._active.probing:
-                    return
-                if module.training and torch.is_grad_enabled():
-                    for handle in parts:  # not needed any more, and a part in evaluation mode would end its window
-                        handle.remove()
-                    self.begin(inside=module)
-                else:
-                    with self.border:
-                        self._capture.close()
+        def close() -> None:
+            with self.border:
+                self._capture.close()
 
-            def after_forward(module: nn.Module, _: object, output: object) -> None:
-                # None: it raised; otherwise the loss is still to come
-                if output is not None or (self._active is not None and self._active.probing):
-                    return
-                with self.border:
-                    self._capture.close()
+        def probing() -> bool:
+            return self._active is not None and self._active.probing
 
-            return [
-                entrance.register_forward_pre_hook(before_forward),
-                entrance.register_forward_hook(after_forward, always_call=True),
-            ]
-
-        for model in self.models:
-            parts = [c for c in model.children() if any(id(p) in trained for p in c.parameters())]
-            handles = [handle for part in parts for handle in listen(part)]
-            self._handles += handles + listen(model, handles)
+        self._handles += at_entrances(
+            self.models, trained, begin=lambda module: self.begin(inside=module), close=close, ignore=probing
+        )
 
     def _contained_tap(self, lane: MonitorLane, monitor: Monitor, tap: Tap) -> Tap:
         def observe(call: Any) -> None:
@@ -701,7 +681,7 @@ class Diagnostics:
             rate = optimizer.param_groups[0].get("lr")
             if isinstance(rate, (int, float)):  # a tensor would need a wait for the device
                 self._learning_rates[name] = float(rate)
-            closure = _closure_of(args, kwargs)
+            closure = closure_of(args, kwargs)
             if closure is None:  # a closure makes the gradients, when this hook is over
                 # a fused optimizer divides by the loss scale itself, inside of its step
                 scale = getattr(optimizer, "grad_scale", None)
@@ -713,7 +693,7 @@ class Diagnostics:
                     for lane in self._measuring():
                         lane.each("before_update", name, update)
             if closure is not None and self._sampling:
-                return _with_closure(args, kwargs, self._shown_after(closure, name))
+                return with_closure(args, kwargs, self._shown_after(closure, name))
         return None
 
     def _after_update(self, name: str, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -721,7 +701,7 @@ class Diagnostics:
         if depth > 0:
             return
         with self.border, self._meter:
-            if _closure_of(args, kwargs) is not None:
+            if closure_of(args, kwargs) is not None:
                 self._measure_applied(name)
             self.updates[name] += 1
             self._updated.add(name)
@@ -925,48 +905,4 @@ def _data_sets(source: object) -> list[object]:
     return [getattr(source, "dataset", source)]
 
 
-def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any] | None:
-    """The function that evaluates the model, if ``optimizer.step`` was called with one."""
-    given = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return given if callable(given) else None
-
-
-def _with_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``optimizer.step`` was called with, with another closure."""
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": closure}
-    return (args[0], closure, *args[2:]), kwargs
-
-
-def _shared_run_id() -> str:
-    """A fresh identifier, the first rank's on all ranks: alert ids are made of it."""
-    identifier = [secrets.token_hex(6)]
-    if world_size() > 1:
-        dist.broadcast_object_list(identifier, src=0)
-    return identifier[0]
-
-
 _Heard = tuple[LeavingLane, Received, list[Alert]]
-
-
-class Step:
-    """One step of a loop that is yours, from :meth:`Diagnostics.step`."""
-
-    def __init__(self, diagnostics: Diagnostics) -> None:
-        self._diagnostics = diagnostics
-
-    def loss(self, value: Tensor, optimizer: str | None = None) -> Tensor:
-        """Takes the loss of one micro-batch, before any division by the accumulation, and gives it back."""
-        self._diagnostics.loss(value, optimizer)
-        self._diagnostics.judge_aside()
-        return value
-
-    def batch(self, batch: object, place: str = "") -> None:
-        """Tells which batch is being trained on, for ``batch_id`` of the settings; see :meth:`Diagnostics.batch`."""
-        self._diagnostics.batch(batch, place)
-
-    def gradients(self, optimizer: str | None = None, *, scale: Tensor | float | None = None) -> None:
-        """Call it when gradients are complete and unscaled, before clipping."""
-        self._diagnostics.gradients(optimizer, scale=scale)

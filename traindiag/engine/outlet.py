@@ -57,7 +57,7 @@ class Outlet:
         ]
         self._silenced = settings.silence
         self.folder = None if folder is None else Path(folder)
-        self._layout = settings.layout
+        self._layout, self._families = settings.layout, {m.family for m in settings.monitors}
         self._report = settings.report and speaks
         self._run = ""
         self._sink = sink if speaks else None
@@ -84,7 +84,7 @@ class Outlet:
         self._run = run.run_id
         if self._panels is None and self._sink is not None:
             self._panels = TensorBoardPanels(
-                self._sink, run.run_id, segment, layout=self._layout, on_problem=self.say
+                self._sink, run.run_id, segment, layout=self._layout, families=self._families, on_problem=self.say
             )
             self._panels.start(run, step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, SequentialLR
@@ -163,3 +165,11 @@ def _versions() -> Mapping[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def shared_run_id() -> str:
+    """A fresh identifier, the first rank's on all ranks: alert ids are made of it."""
+    identifier = [secrets.token_hex(6)]
+    if world_size() > 1:
+        dist.broadcast_object_list(identifier, src=0)
+    return identifier[0]

@@ -17,6 +17,7 @@ from traindiag.monitors.loss import LossMonitor
 from traindiag.monitors.monitor import Monitor
 from traindiag.record.catalogue import BY_NAME
 from traindiag.record.cells import Cells
+from traindiag.record.continual import HORIZON
 from traindiag.record.frame import Reading
 from traindiag.record.loss_jump import LossJump
 from traindiag.transfer.states import Group, Reduced
@@ -28,8 +29,10 @@ RISES_WITHIN = 50
 """A learning rate beyond twice its lowest of so many updates is another regime: re-warming alone raises the loss even
 on the same data (arXiv 2403.08763)."""
 
-REST = 50
-"""Steps after a shift in which nothing that is found is another one; what is marked always is."""
+REST, LOSS_REST = 50, HORIZON
+"""Steps after a shift in which nothing that is found is another one, and in which a loss that jumps is none: single
+batches of data that is still new stand out, and a gap that is open must not lose its baseline to one. What is marked
+always is another one."""
 
 _SHIFT = BY_NAME["stability/shift"]
 
@@ -127,9 +130,10 @@ class ShiftWatch(Monitor):
                 str(group.cells.coordinates[i][0]): bool(group.sums["marked"][i] > 0)
                 for i in np.flatnonzero(group.seen)
             }
-        if self._loss_jumped(states):
+        since = None if self._last is None else step - self._last
+        if self._loss_jumped(states) and (reasons or since is None or since >= LOSS_REST):
             reasons[LOSS] = False
-        if not any(reasons.values()) and self._last is not None and step - self._last < REST:
+        if not any(reasons.values()) and since is not None and since < REST:
             reasons = {}
         if not reasons:
             return []

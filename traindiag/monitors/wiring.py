@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from traindiag.capture.copies import copies
 from traindiag.capture.optimizer_state import learning_rates, skipped_itself
 from traindiag.capture.parameter_sample import AXES, ParameterSample, Update
 from traindiag.capture.torch_private import is_flat_shard
@@ -49,11 +50,13 @@ class WiringMonitor(Monitor):
       bfloat16 weights under a small learning rate, or the first steps of a warm-up.
     - A gradient that is rounding error moves its tensor (a key bias without rotary embedding), so it raises nothing
       here.
-    - ``frozen_changed`` compares with the time before, so it is seen from the second time on. A teacher or target
-      network that is an average of the student is frozen and changes by design, at every sample; a frozen backbone
-      that changes is a fault. A tensor that was thawed in between is not judged.
+    - ``frozen_changed`` compares with the time before, so it is seen from the second time on. A frozen backbone that
+      changes is a fault. A tensor that was thawed in between is not judged.
     - ``owners`` should be 1. A tensor that asks for a gradient and belongs to no optimizer has 0: forgotten, or left
       out on purpose without ``requires_grad=False``.
+    - A target network, a teacher or an average of what is trained belongs to no optimizer and changes by design. One
+      that stands beside its original, is built like it and is called so (:mod:`~traindiag.capture.copies`) is not
+      seen by these two.
     - ``replicas_differ`` is 1 where ranks hold other bits. Where it holds from the first sample on the tensors may be
       different by design (tensor or expert parallel as plain tensors); where it begins later, ranks have drifted
       apart. It is not seen for sharded tensors and with one rank.
@@ -74,6 +77,7 @@ class WiringMonitor(Monitor):
         self._tensors = self._owned = Cells(AXES[1:], ())
         self._comparable: list[bool] = []
         self._owners_known = True
+        self._copies: set[int] = set()
         self._named: dict[tuple[str, ...], Cells] = {}
         self._updates: dict[str, Update] = {}
         self._states: dict[str, tuple[Cells, Tensor]] = {}
@@ -96,6 +100,7 @@ class WiringMonitor(Monitor):
         ]
         # an optimizer over copies or flat shards owns no parameter of the model under its own name
         model = {id(p) for root in watched.roots for p in root.parameters()}
+        self._copies = copies(watched.roots, {id(p) for ps in watched.parameters.values() for _, p in ps})
         self._owners_known = any(id(p) in model for ps in watched.parameters.values() for _, p in ps)
 
     def before_update(self, optimizer: str, update: Update) -> None:
@@ -142,7 +147,7 @@ class WiringMonitor(Monitor):
         return owners
 
     def _owner_group(self, owners: Mapping[int, int]) -> Group:
-        trainable = {n: owners.get(id(p), 0) for n, p in self._everything.items() if p.requires_grad}
+        trainable = {n: owners.get(id(p), 0) for n, p in self._everything.items() if self._asks(p)}
         if not self._owners_known:
             trainable = {}
         names = tuple(trainable)
@@ -151,12 +156,15 @@ class WiringMonitor(Monitor):
         count = torch.tensor(list(trainable.values()), dtype=torch.float32)
         return Group("owners", self._named[names], maxima={"owners": count.to(self._fingerprints.device)})
 
+    def _asks(self, parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and id(parameter) not in self._copies
+
     def _tensor_group(self, owners: Mapping[int, int]) -> Group:
         sample = self._fingerprints
         if not sample.parameters:
             return Group("tensors", self._tensors)
         now = checksums(sample.flat(sample.parameters), *sample.places, len(sample.sizes))
-        frozen = [not (p.requires_grad and id(p) in owners) for p in sample.parameters]
+        frozen = [not (p.requires_grad and id(p) in owners) and id(p) not in self._copies for p in sample.parameters]
         before, self._previous = self._previous, (frozen, now)
         if before is None:
             compared = changed = sample.column([0.0] * len(frozen))

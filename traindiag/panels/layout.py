@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,13 +27,30 @@ _CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", (r"diag_loss/value" + _EACH,)),
     ("Open alerts (1 warning, 2 critical)", (r"diag_alerts/severity$",)),
 )
+_OF_FAMILIES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "plasticity": (
+        ("Active units of a critic", (r"diag_plasticity/fau_(pooled|fresh)_min$",)),
+        ("Largest value, against any return", (r"diag_plasticity/q_bound_ratio_max$",)),
+    ),
+    "stability": (
+        ("Old tasks: depth of the gap", (r"diag_stability/gap_depth_max$", r"diag_stability/gap_residual_max$")),
+        ("Old tasks: loss or metric", (r"diag_stability/(loss|value)_(max|min)$",)),
+    ),
+}
+"""Charts for runs that measure them; in others they would be empty."""
 PINNED = ("diag_attention/max_logit", "diag_gradient/norm", "diag_loss/value", "diag_alerts/severity")
 
 
-def layout_summary() -> Summary:
-    """Summary of our category. A run keeps the last layout written into it, so a user's own replaces this one."""
+def layout_summary(families: Collection[str] = ()) -> Summary:
+    """Summary of our category. A run keeps the last layout written into it, so a user's own replaces this one.
+
+    Args:
+        families: Families beside the usual ones that the run measures.
+    """
+    more = [chart for family, charts in _OF_FAMILIES.items() if family in families for chart in charts]
     charts = [
-        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags)) for title, tags in _CHARTS
+        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
+        for title, tags in (*_CHARTS, *more)
     ]
     layout = layout_pb2.Layout(category=[layout_pb2.Category(title=CATEGORY, chart=charts)])
     described = metadata.create_summary_metadata()

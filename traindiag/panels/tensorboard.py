@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary
@@ -35,6 +35,7 @@ class TensorBoardPanels:
         run_id: Identifier of the run.
         segment: Which job of the run this is.
         layout: Whether a custom-scalars layout is written; without it the loop's own stays.
+        families: Families beside the usual ones that have charts in it.
         on_problem: Told once, in words, why writing stopped; then nothing more is written.
     """
 
@@ -45,12 +46,13 @@ class TensorBoardPanels:
         segment: int = 0,
         *,
         layout: bool = True,
+        families: Collection[str] = (),
         on_problem: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._sink = sink
         self._log = LogEncoder(run_id, segment)
         self._aggregates = Aggregates()
-        self._layout = layout
+        self._layout, self._families = layout, families
         self._on_problem = on_problem
         self._works = True
         self._open: dict[str, float] = {}
@@ -65,7 +67,7 @@ class TensorBoardPanels:
         """
         summary = self._log.run(run, step)
         if self._layout:
-            summary.MergeFrom(layout_summary())
+            summary.MergeFrom(layout_summary(self._families))
             self._layout = False
         self._write([(step, summary)])
 

@@ -19,6 +19,7 @@ from traindiag.panels.figures import PANELS, Block, PanelContent, build
 from traindiag.panels.figures.attention import heads
 from traindiag.panels.figures.overview import timeline
 from traindiag.panels.figures.view import View
+from traindiag.record.log import LogData
 from traindiag.tensorboard_plugin.assets import INSTALL, TYPES, packed, plotly_script, static_files
 from traindiag.tensorboard_plugin.runs import Found, Run, Runs
 
@@ -70,10 +71,10 @@ class Tab(base_plugin.TBPlugin):  # type: ignore[misc]
             "/panel": self._serve(_panel),
         }
 
-    def find(self, request: wrappers.Request) -> Found:
-        """Every run that whoever asks may see."""
+    def find(self, request: wrappers.Request, wanted: Sequence[str] = ()) -> Found:
+        """Every run that whoever asks may see; the logs of those that are wanted are read."""
         environment = request.environ
-        return self._runs.find(plugin_util.context(environment), plugin_util.experiment_id(environment))
+        return self._runs.find(plugin_util.context(environment), plugin_util.experiment_id(environment), wanted)
 
     def remember(self, key: tuple[Any, ...], make: Callable[[], str]) -> str:
         """What was answered to the same question about the same data."""
@@ -134,19 +135,23 @@ def _state(tab: Tab, request: wrappers.Request) -> wrappers.Response:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    log = run.log
-    worst = {a.get("id"): a.get("severity") for a in log.alerts if a.get("status") != "closed"}
-    found = [s for s in ("critical", "warning", "info") if s in worst.values()]
-    return {
+    known = {
         "name": run.name,
         "folders": list(run.folders),
         "stamp": run.stamp,
-        "length": log.run.length if isinstance(log.run.length, int) else None,
-        "step": max((int(s.steps[-1]) for s in log.history.values() if len(s)), default=None),
-        "severity": found[0] if found else None,
-        "jobs": len(log.segments),
-        "problems": list(log.problems),
+        "step": run.last_step,
         "sampled": run.sampled,
+        "read": run.log is not None,
+    }
+    if run.log is None:
+        return {**known, "length": None, "severity": None, "jobs": len(run.folders), "problems": []}
+    worst = {a.get("id"): a.get("severity") for a in run.log.alerts if a.get("status") != "closed"}
+    return {
+        **known,
+        "length": run.log.run.length if isinstance(run.log.run.length, int) else None,
+        "severity": next((s for s in ("critical", "warning", "info") if s in worst.values()), None),
+        "jobs": len(run.log.segments),
+        "problems": list(run.log.problems),
     }
 
 
@@ -160,25 +165,26 @@ def _panel(tab: Tab, request: wrappers.Request) -> wrappers.Response:
         raise Refusal(f"the theme is light or dark, got {theme!r}", 400)
     if block is not None and block not in PARTS:
         raise Refusal(f"there is no block {block!r} by itself, only {', '.join(PARTS)}")
-    found = tab.find(request)
-    runs = {}
+    found = tab.find(request, names[:MOST_RUNS])
+    runs: dict[str, LogData] = {}
+    stamps = []
     for name in names[:MOST_RUNS]:
         run = found.run(name)
-        if run is None:
+        if run is None or run.log is None:
             raise Refusal(f"there is no run {name!r} any more")
-        runs[run.name] = run
+        runs[run.name] = run.log
+        stamps.append((run.name, run.stamp))
     if not runs:
         raise Refusal("no run was named", 400)
     options = {name: values[-1] for name, values in sorted(asked.items())}
 
     def make() -> str:
-        logs = {name: run.log for name, run in runs.items()}
         if block is None:
-            return build(panel, logs, theme=theme, options=options).to_json()
-        views = [View(name, log, theme, options) for name, log in logs.items()]
+            return build(panel, runs, theme=theme, options=options).to_json()
+        views = [View(name, log, theme, options) for name, log in runs.items()]
         return PanelContent(panel, "", tuple(_part(block, views))).to_json()
 
-    key = panel, theme, block, tuple(options.items()), tuple((r.name, r.stamp) for r in runs.values())
+    key = panel, theme, block, tuple(options.items()), tuple(stamps)
     return _respond(request, tab.remember(key, make), "application/json")
 
 

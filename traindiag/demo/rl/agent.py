@@ -172,5 +172,6 @@ class Agent:
     def follow(self) -> None:
         """Moves the averaged copy after an update."""
         with torch.no_grad():
-            for mean, live in zip(self.target.parameters(), self.critic.parameters()):
-                mean.lerp_(live, self.settings.average)
+            copies: list[Tensor] = list(self.target.parameters())
+            live: list[Tensor] = list(self.critic.parameters())
+            torch._foreach_lerp_(copies, live, self.settings.average)

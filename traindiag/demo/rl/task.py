@@ -46,7 +46,7 @@ class Task:
 
     def __init__(self, name: str, seed: int) -> None:
         gymnasium = gym()
-        self._env = gymnasium.make(name)
+        self._env: Any = gymnasium.make(name)
         space = self._env.action_space
         if isinstance(space, gymnasium.spaces.Discrete):
             self._torques = None

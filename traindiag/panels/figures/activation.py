@@ -45,11 +45,12 @@ def depth(view: View) -> Block | None:
     chart = Chart(view.colours, axis_title(series), log=wide([series]))
     rows = [int(r) for r in np.unique(np.linspace(0, len(series) - 1, PROFILES).round())]
     scale = SCALES["size"]
+    first, last_stop = (3, 9) if view.theme == "dark" else (0, 8)  # what can be told from the background
     for k, row in enumerate(rows):
         seen = series.seen[row]
         if not seen.any():
             continue
-        colour = scale[round(k / max(1, len(rows) - 1) * 8)][1]
+        colour = scale[first + round(k / max(1, len(rows) - 1) * (last_stop - first))][1]
         step = int(series.steps[row])
         chart.line(f"step {step}", np.flatnonzero(seen), series.values[row][seen], colour=colour, markers=True)
         chart.traces[-1]["hovertemplate"] = "%{text}<br>%{fullData.name}: %{y:.4g}<extra></extra>"

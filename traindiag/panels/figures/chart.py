@@ -234,7 +234,7 @@ class Chart:
         laid = layout(
             self.colours,
             self.height,
-            xaxis=axis(self.colours, "step", rangemode="tozero", tickformat="~s" if self._long else "d"),
+            xaxis=axis(self.colours, "step", rangemode=self._rangemode, tickformat="~s" if self._long else "d"),
             yaxis=axis(self.colours, shown(self.title), **upright),
             shapes=self.shapes,
             annotations=self.annotations,
@@ -246,6 +246,13 @@ class Chart:
         if any(t.get("yaxis") == "y2" for t in self.traces):
             laid["yaxis2"] = top
         return {"data": self.traces, "layout": laid}
+
+    @property
+    def _rangemode(self) -> str:
+        """From step 0, unless the log begins so late that its curve would be a stroke."""
+        ends = [(min(t["x"]), max(t["x"])) for t in self.traces if t["x"]]
+        first, last = min((e[0] for e in ends), default=0), max((e[1] for e in ends), default=0)
+        return "tozero" if first <= last / 2 else "normal"
 
     @property
     def _long(self) -> bool:

@@ -68,7 +68,11 @@ def over_steps(
         words="step %{x}" if columns.whole else "worst of the samples from step %{x} on",
     )
     laid = figure["layout"]
-    laid["xaxis"] |= {"title": {**laid["xaxis"]["title"], "text": "step"}, "type": "linear"}
+    laid["xaxis"] |= {
+        "title": {**laid["xaxis"]["title"], "text": "step"},
+        "type": "linear",
+        "tickformat": "~s" if columns.last[-1:].max(initial=0) >= 100_000 else "d",
+    }
     return figure
 
 
@@ -85,7 +89,7 @@ def layer_by_head(
     layers, heads = _places(series)
     names = [str(n) for n in layers]
     grid, bad = slice_of(series, row)
-    height = int(np.clip(20 * len(layers) + 110, 220, 720))
+    height = int(np.clip(20 * len(layers) + 110, 220, 520))
     figure = _heat(
         grid,
         bad,
@@ -175,7 +179,7 @@ def _heat(
         "zmin": round(low, 6),
         "zmax": round(high, 6),
         "xgap": 1 if isinstance(columns[0] if columns else "", str) else 0,
-        "ygap": 1 if len(rows) <= 60 else 0,
+        "ygap": 1 if len(rows) <= 30 else 0,
         "hoverongaps": False,
         "hovertemplate": "%{y}<br>" + words + ": %{text}<extra></extra>",
         "colorbar": _colourbar(colours, title, low, high, log),

@@ -73,7 +73,7 @@ def health(view: View) -> list[dict[str, str]]:
 def timeline(view: View) -> list[Block]:
     """The loss with everything that was told over it."""
     series = view.series("loss/value")
-    chart = view.chart("loss/value", title="training loss", log=False, height=320)
+    chart = view.chart("loss/value", title="training loss", log=False, height=170 if series is None else 320)
     if series is not None:
         view.repeats(chart, "loss/value")
         for i in range(min(len(series.cells), 6)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,31 @@ def tasks(view: View, name: str, title: str) -> Block | None:
         "Upright lines: training became another one. Open circles: the worst value since, with its distance from the "
     )
     text += "level before; a full circle where 95 % of it had closed again."
-    return figure(f"old-tasks-{metric(name)}", title, chart.figure(), text)
+    drawn = chart.figure()
+    if _closer(view, series, drawn["layout"]):
+        text += " Shown from before the first shift on; a double click shows the whole run."
+    return figure(f"old-tasks-{metric(name)}", title, drawn, text)
+
+
+def _closer(view: View, series: Series, laid: dict[str, Any]) -> bool:
+    """Begins shortly before the first shift: what a run learns at first dwarfs what it loses later."""
+    marks = shifts(view)
+    last = int(series.steps[-1])
+    if not marks or marks[0][0] >= last:
+        return False
+    first = marks[0][0] - max(20, (last - marks[0][0]) // 3)
+    if first <= int(series.steps[0]):
+        return False
+    rows = series.steps >= first
+    values = series.values[rows][series.seen[rows]]
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return False
+    low, high = float(values.min()), float(values.max())
+    room = 0.12 * (high - low) or 0.05 * max(abs(high), 1e-6)
+    laid["xaxis"] |= {"range": [first, last + 0.02 * (last - first)], "rangemode": "normal"}
+    laid["yaxis"] |= {"range": [round(low - room, 6), round(high + room, 6)]}
+    return True
 
 
 def shifts(view: View) -> list[tuple[int, str]]:
@@ -209,7 +234,7 @@ def _mark_gap(view: View, chart: Chart, gap: Gap, label: str) -> None:
             "x": [x for x, _, _ in ends],
             "y": [y for _, y, _ in ends],
             "marker": {"color": colour, "size": 10, "symbol": [s for _, _, s in ends], "line": {"width": 2}},
-            "text": [number(gap.value - gap.level), ""][: len(ends)],
+            "text": [_signed(gap.value - gap.level), ""][: len(ends)],
             "textposition": "bottom center" if gap.value < gap.level else "top center",
             "textfont": {"color": colour, "size": 12},
             "showlegend": False,
@@ -217,6 +242,10 @@ def _mark_gap(view: View, chart: Chart, gap: Gap, label: str) -> None:
             "hoverinfo": "text",
         }
     )
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
 
 
 _SHOWN = {

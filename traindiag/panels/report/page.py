@@ -201,7 +201,8 @@ class _Page:
         if not rows:
             return '<p class="note">Nothing was told.</p>'
         loud = [row for row in rows if row["severity"] != "info"]
-        return "".join(_alert(row, opened=row in loud[:3] or len(rows) == 1) for row in rows)
+        notes = [row for row in rows if row["severity"] == "info"]
+        return "".join(_alert(row, opened=row in loud[:3] or len(rows) == 1) for row in (*loud, *notes))
 
     def _compared(self) -> str:
         logs = {run.name: run.log for run in self.report.runs}

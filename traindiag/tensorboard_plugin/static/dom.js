@@ -51,8 +51,9 @@ export function order(value, type) {
   return Number.isNaN(parsed) ? value : parsed;
 }
 
-// Dotted names may be broken behind their dots, and only there.
+// Long dotted names may be broken behind their dots, and only there.
 export function breakable(text) {
+  if (text.length < 24) return text;
   const parts = text.split(/(?<=[./_])(?=\w)/);
   if (parts.length === 1) return text;
   return element('span', {}, parts.flatMap((part, at) => (at ? [element('wbr'), part] : [part])));

@@ -60,7 +60,10 @@ export class Board {
     }
     const same = placed.length === this.box.children.length && placed.every((n, i) => n === this.box.children[i]);
     if (!same) this.box.replaceChildren(...placed);
-    for (const draw of drawing) await draw();
+    for (const draw of drawing) {
+      await draw();
+      await new Promise((next) => setTimeout(next)); // what is drawn is seen before the next is begun
+    }
   }
 
   // One figure anew, such as the next step of a slider.

@@ -93,7 +93,10 @@ function go(target) {
   const { panel, run, ...options } = target;
   if (panel) shown.panel = panel;
   if (run && !shown.runs.has(run)) shown.runs = new Set([run]);
-  shown.options = Object.fromEntries(Object.entries(options).filter(([, v]) => v !== null && v !== undefined));
+  const { severity } = shown.options; // what is filtered stays filtered
+  shown.options = Object.fromEntries(
+    Object.entries({ severity, ...options }).filter(([, v]) => v !== null && v !== undefined),
+  );
   remember();
   drawTabs();
   show();
@@ -213,6 +216,10 @@ async function show({ always = false } = {}) {
     if (mine.signal.aborted) return;
     lastKey = key;
     failure = null;
+    if (asked.run.length > shown.runs.size) {
+      const text = `Tick two runs or more to compare those; now ${asked.run.length} are compared.`;
+      content.blocks.unshift({ kind: 'note', id: 'all', text });
+    }
     await board.draw(content);
     if (mine.signal.aborted) return;
     page.root.dataset.drawn = `${shown.panel} ${asked.theme}`;
@@ -302,8 +309,8 @@ function drawRuns() {
     ...state.runs
       .filter((run) => run.name.toLowerCase().includes(wanted))
       .map((run) => {
-        const level = run.severity || 'quiet';
-        const words = { critical: 'critical alerts', warning: 'warnings', info: 'notes', quiet: 'no alerts' }[level];
+        const level = run.read ? run.severity || 'quiet' : 'unseen';
+        const words = { critical: 'critical alerts', warning: 'warnings', info: 'notes', quiet: 'no alerts', unseen: 'not read yet' }[level];
         const box = element('input', {
           type: 'checkbox',
           'aria-label': `Show ${run.name}`,

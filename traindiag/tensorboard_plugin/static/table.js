@@ -3,7 +3,7 @@
 import { breakable, element, number, order } from './dom.js';
 
 const SEVERITIES = ['critical', 'warning', 'info'];
-const OPEN = 2; // rows that are open from the start
+const OPEN = 1; // of the worst, from the start
 const NAMES = { critical: 'Critical', warning: 'Warning', info: 'Note', quiet: 'None' };
 const LONG = new Set(['list', 'remedies']);
 const BELOW = new Set(['cause', 'ruled_out']); // texts of several sentences
@@ -16,7 +16,7 @@ export function drawTable(block, memory, host) {
   const brief = block.columns.filter((c) => !below(c));
   const long = block.columns.filter(below);
   const severity = block.columns.find((c) => c.type === 'severity');
-  memory.open ||= new Set(block.rows.filter((r) => r.severity && r.severity !== 'info').slice(0, OPEN).map((r) => r.id));
+  memory.open ||= new Set(worst(block.rows).slice(0, OPEN).map((row) => row.id));
   const levels = new Set((host.options().severity || SEVERITIES.join()).split(','));
   if (chosen !== null && memory.chosen !== chosen) memory.open.add(chosen);
   memory.chosen = chosen;
@@ -121,6 +121,11 @@ export function drawTable(block, memory, host) {
   );
   fill();
   return box;
+}
+
+function worst(rows) {
+  const told = rows.filter((row) => row.severity === 'critical' || row.severity === 'warning');
+  return told.sort((a, b) => rank(a.severity) - rank(b.severity));
 }
 
 function rank(severity) {
