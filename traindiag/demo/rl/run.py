@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
     seed_everything(settings.agent.seed, verbose=False)
     module = Learner(settings)
     counting: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(settings.batches)), batch_size=None)
-    with quiet():
+    with quiet(), _one_thread():
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -197,3 +198,14 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
         seconds = time.perf_counter() - began
     log_dir = Path(trainer.log_dir) if trainer.logger and trainer.log_dir else None
     return Outcome(settings, tuple(module.agent.returns), seconds, log_dir)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers this small wait longer for a second thread than it takes off them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -46,7 +46,7 @@ def onset(returns: Returns, healthy: Sequence[Returns], steps: int, margin: floa
     Example:
         >>> good = [(s, min(s, 500)) for s in range(100, 1001, 100)]
         >>> onset([(s, 100) for s in range(100, 1001, 100)], [good], steps=1000, margin=100)
-        500
+        400
     """
     found = None
     for step in range(GRID, steps + 1, GRID):
