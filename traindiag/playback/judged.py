@@ -60,6 +60,7 @@ def judge(frames: Iterable[Frame], rules: Sequence[Rule] | None, run_id: str) ->
         judged.history.append(frame)
         if frame.readings and frame.step != judged.last:
             judged.steps, judged.last = judged.steps + 1, frame.step
-    judged.unjudged = rule_set.unjudged()
-    judged.rules = tuple(rule.name for rule in rule_set.rules)
+    left_out = rule_set.not_asked_for() if rules is None else set()  # of the pack; what was given is waited for
+    judged.unjudged = {n: s for n, s in rule_set.unjudged().items() if n not in left_out}
+    judged.rules = tuple(rule.name for rule in rule_set.rules if rule.name not in left_out)
     return judged

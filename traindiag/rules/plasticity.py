@@ -113,7 +113,7 @@ class EarlyLoss(_ByModule):
             return ()
         signs = self._panel.look(frame)
         found: list[tuple[float, str, Severity, Sign, str]] = []
-        for (module,), value in finite_cells(frame, _FAU):
+        for (module, *_), value in finite_cells(frame, _FAU):
             stages = self._stages.setdefault(module, Stages(self.window, self.band))
             known = self._modules.setdefault(module, {"low": 0, "fell": None, "calm": 0, "settled": False})
             stage, level = stages.take(value), stages.level()
@@ -204,7 +204,7 @@ class PlasticityPlateau(_ByModule):
         if not cells:
             return ()
         found: list[tuple[float, str, Severity, Sign, str]] = []
-        for (module,), value in cells:
+        for (module, *_), value in cells:
             stages = self._stages.setdefault(module, Stages(self.window, self.band))
             stage, level = stages.take(value), stages.level()
             calm = stage == "plateau" and level is not None and level >= self.healthy

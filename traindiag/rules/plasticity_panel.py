@@ -165,7 +165,7 @@ def finite_cells(frame: Frame, signal: str) -> list[tuple[tuple[str, ...], float
     if reading is None:
         return []
     there = np.flatnonzero(reading.seen & np.isfinite(reading.values))
-    return [(tuple(map(str, reading.cells.coordinates[i])), float(reading.values[i])) for i in there]
+    return [(tuple(map(str, reading.cells.coordinates[i])) or ("",), float(reading.values[i])) for i in there]
 
 
 def _seen(frame: Frame, signal: str) -> set[str]:
@@ -173,7 +173,7 @@ def _seen(frame: Frame, signal: str) -> set[str]:
     reading = frame.readings.get(signal)
     if reading is None:
         return set()
-    return {str(reading.cells.coordinates[i][0]) for i in np.flatnonzero(reading.seen)}
+    return {"".join(map(str, reading.cells.coordinates[i][:1])) for i in np.flatnonzero(reading.seen)}
 
 
 class Stages:

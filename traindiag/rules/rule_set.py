@@ -13,6 +13,8 @@ from traindiag.record.frame import Frame
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule, Verdict
 
+_ON_DEMAND = {s.family for s in BY_NAME.values() if s.lane == "active"}
+
 
 class RuleSet:
     """Runs rules over frames, :class:`~traindiag.rules.nonfinite.NonFinite` first.
@@ -73,6 +75,10 @@ class RuleSet:
     def unjudged(self) -> dict[str, tuple[str, ...]]:
         """Rules that have judged nothing, with the signals that they wait for."""
         return {r.name: r.signals for r in self.rules if r.signals and not self._met.intersection(r.signals)}
+
+    def not_asked_for(self) -> set[str]:
+        """Those of them on families that only monitors measure which a run must ask for: nobody waits for them."""
+        return {n for n, signals in self.unjudged().items() if {s.split("/")[0] for s in signals} <= _ON_DEMAND}
 
     def digest(self) -> str:
         """A short hash of every rule and setting, independent of order: what a benchmark's numbers were made with."""

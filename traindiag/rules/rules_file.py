@@ -69,6 +69,8 @@ OF_A_RUN = (
     "fast",
     "exact",
     "layout",
+    "report",
+    "batch_id",
     "terminal",
     "strict",
 )

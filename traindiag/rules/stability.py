@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from traindiag.record.cells import Cell
+from traindiag.record.cells import Cell, Coordinate
 from traindiag.record.continual import HORIZON, Gap
 from traindiag.record.frame import Frame, Reading
 from traindiag.rules import arguments
@@ -51,6 +51,7 @@ class TaskGap(Rule):
 
     Example:
         >>> from traindiag.record.catalogue import BY_NAME
+        >>> from traindiag.record.cells import Cells
         >>> from traindiag.record.run_info import RunInfo
         >>> rule, tasks = TaskGap(), Cells.along("task", ["english"])
         >>> def at(step, **values):
@@ -111,7 +112,7 @@ class TaskGap(Rule):
 
     def _learn_shares(self, reading: Reading, higher_is_better: bool) -> None:
         for i in np.flatnonzero(reading.seen & np.isfinite(reading.values)):
-            task, value = str(reading.cells.coordinates[i][0]), float(reading.values[i])
+            task, value = _task(reading.cells.coordinates[i]), float(reading.values[i])
             self._shares[task] = self._shares.get(task, higher_is_better) and 0.0 <= value <= 1.0
 
     def _follow(self, frame: Frame, metric: Reading) -> None:
@@ -121,7 +122,7 @@ class TaskGap(Rule):
             return
         for i in np.flatnonzero(metric.seen):
             at = metric.cells.coordinates[i]
-            task, here = str(at[0]), levels.cells.position.get(at)
+            task, here = _task(at), levels.cells.position.get(at)
             if here is None or not levels.seen[here] or noises.cells.position.get(at) is None:
                 continue
             if task not in self._gaps:
@@ -249,3 +250,8 @@ def _size(value: float, gap: Gap) -> str:
     if gap.share:
         return f"{100 * value:.3g} points"
     return f"{number(value)} ({value / gap.scale:.0%})".replace("%", " %") if gap.scale else number(value)
+
+
+def _task(at: tuple[Coordinate, ...]) -> str:
+    """Name of a task; a bare series has none."""
+    return str(at[0]) if at else ""
