@@ -69,9 +69,10 @@ def test_the_story_is_made_of_what_was_measured() -> None:
 def test_the_command_compares_both_and_says_how_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(show_continual, "Phases", lambda replay, seed: Phases(replay, seed=seed, **SHORT))
     done = CliRunner().invoke(
-        app, ["demo", "continual", "--log-dir", str(tmp_path / "a b")], env={"COLUMNS": "200"}, catch_exceptions=False
+        app, ["demo", "continual", "--log-dir", str(tmp_path / "a b")], env={"COLUMNS": "80"}, catch_exceptions=False
     )
     assert done.exit_code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.output.split("Side by side")[1]
     for replay in ("50%", "0%"):
         assert f"What happened with {replay} of English kept" in done.output
     assert f"tensorboard --logdir '{tmp_path}/a b'" in done.output

@@ -126,7 +126,7 @@ class Story:
         back = "never" if gap is None or gap.recovery is None else f"{gap.recovery} steps"
         return (
             f"{self.outcome.phases.replay:.0%}",
-            "never" if self.warning is None else f"evaluation {self.evaluations}",
+            "never" if self.warning is None else f"look {self.evaluations}",
             self.call,
             f"{depth:.3f}",
             back,
@@ -137,7 +137,7 @@ class Story:
 
 _EDGE = 20
 
-HEADINGS = ("English kept", "warned at", "called", "deepest", "back after", "at the end", "verdict")
+HEADINGS = ("kept", "warned", "called", "deepest", "back after", "at the end", "verdict")
 
 _VERDICTS = {
     "none": "no gap: English has not suffered",
