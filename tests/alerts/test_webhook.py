@@ -172,7 +172,9 @@ def run(
     model = torch.nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rules = [Threshold(f"user/number{i}", above=0.5, name=f"rule {i}") for i in range(steps)]
-    diagnostics = Diagnostics(model, optimizer, folder, rules=rules, actions=actions, terminal=terminal)
+    diagnostics = Diagnostics(
+        model, optimizer, folder, rules=rules, actions=actions, terminal=terminal, default_rules=False
+    )
     times: list[float] = []
     try:
         for i in range(steps):
