@@ -195,8 +195,8 @@ def test_each_panel_draws_what_the_run_has(tab: Tab) -> None:
         assert plots >= figures
         for block in SEEN.get(panel.id, ()):
             plot = frame.locator(f"[data-block='{block}'] .plot")
-            marks = plot.locator(".trace path, .hm image").count()
-            assert marks >= 1, f"{panel.id}: {block} is empty"
+            # a chart may come a moment after its panel; where nothing is drawn, waiting fails with the block's name
+            plot.locator(".trace path, .hm image").first.wait_for(state="attached", timeout=WAIT)
         if panel.id in SEEN and panel.id != "overview":
             assert figures >= 2
         if panel.id in ("plasticity", "stability"):
