@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from traindiag.demo.data import VALIDATION_EVERY, Windows, standard_library
+from traindiag.demo.fit import fit
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss
-from traindiag.demo.run import ProgressBar, quiet
 from traindiag.monitors.stability_gap import StabilityGap
 
 TASK = "english"
@@ -188,21 +186,5 @@ def train(phases: Phases, callbacks: Sequence[Callback] = (), log_dir: Path | No
     seed_everything(phases.seed, verbose=False)
     data = TwoPhases(phases, documentation()[0], standard_library()[0])
     module = TwoPhaseModel(phases)
-    with quiet():
-        trainer = Trainer(
-            accelerator="cpu",  # so small a model gains nothing from an accelerator, and the numbers stay comparable
-            devices=1,
-            max_epochs=1,
-            gradient_clip_val=1.0,
-            log_every_n_steps=10,
-            logger=False if log_dir is None else TensorBoardLogger(log_dir, name=""),
-            callbacks=[*callbacks, *([] if log_dir is None else [ProgressBar(leave=True)])],
-            enable_progress_bar=log_dir is not None,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        began = time.perf_counter()
-        trainer.fit(module, DataLoader(data, phases.batch))
-        seconds = time.perf_counter() - began
-    folder = Path(trainer.log_dir) if trainer.logger and trainer.log_dir else None
+    seconds, folder = fit(module, DataLoader(data, phases.batch), callbacks, log_dir, clip=1.0)
     return Outcome(phases, tuple(torch.stack(module.losses).tolist()), seconds, folder)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader
 
 from traindiag.demo.data import Windows, standard_library
+from traindiag.demo.fit import fit
 from traindiag.demo.model import GPT, GPTConfig, next_token_loss
 
 UNSTABLE_LR = 0.1
@@ -32,9 +27,6 @@ HEALTHY_LR = 2e-3
 HEAD_SIZE = 16
 VALIDATION_WINDOWS = 256
 _VALIDATION_SEED = 12345  # the same windows whatever the run's seed: validation losses of runs can be compared
-
-
-_NOTES = (".*does not have many workers", ".*smaller than the logging interval", ".*treespec, LeafSpec")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +122,6 @@ class ByteModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class ProgressBar(RichProgressBar):
-    """Room on a narrow terminal for the loss: the folder's number is told at the end."""
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
 def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path | None = None) -> Outcome:
     """Trains one model; the numbers are the same with any callbacks that only watch.
 
@@ -155,42 +136,11 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
     loader = DataLoader(Windows(train_text, settings.steps * batch, length, settings.seed), batch)
     held_out = DataLoader(Windows(validation_text, VALIDATION_WINDOWS, length, _VALIDATION_SEED), 64)
     module = ByteModel(settings)
-    with quiet():
-        trainer = Trainer(
-            accelerator="cpu",  # so small a model gains nothing from an accelerator, and the numbers stay comparable
-            devices=1,
-            max_epochs=1,
-            gradient_clip_val=1.0,
-            num_sanity_val_steps=0,
-            log_every_n_steps=10,
-            logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [ProgressBar(leave=True)])],
-            enable_progress_bar=log_root is not None,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        began = time.perf_counter()
-        trainer.fit(module, loader, held_out)
-        seconds = time.perf_counter() - began
+    seconds, log_dir = fit(module, loader, callbacks, log_root, held_out=held_out, clip=1.0)
     return Outcome(
         settings,
         tuple(torch.stack(module.losses).tolist()),
         torch.stack(module.validation).mean().item() if module.validation else math.nan,
         seconds,
-        Path(trainer.log_dir) if trainer.logger and trainer.log_dir else None,
+        log_dir,
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's notes on devices, workers and short runs are right, and would hide the story."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for note in _NOTES:
-                warnings.filterwarnings("ignore", message=note)
-            yield
-    finally:
-        logger.setLevel(level)

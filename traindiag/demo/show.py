@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import rich
-from rich.markup import escape
-from rich.table import Table
 
 from traindiag.demo.band import Band
 from traindiag.demo.run import Settings, train
 from traindiag.demo.story import Story
+from traindiag.demo.telling import say_how_to_look, tell
 from traindiag.lightning import TrainingDiagnostics
 
 
@@ -25,14 +23,6 @@ def show(settings: Settings, log_root: Path) -> Story:
     diagnostics = TrainingDiagnostics()
     outcome = train(settings, [diagnostics], log_root)
     story = Story.of(outcome, diagnostics.alerts, Band.load())
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, sentence in story.lines():
-        table.add_row(label, escape(sentence))
-    table.add_row("took", f"{outcome.seconds:.0f} s")
-    console.rule("What happened", align="left")
-    console.print(table, highlight=False)
-    command = f"tensorboard --logdir {shlex.quote(str(outcome.log_dir))}"
-    console.print(f"\nOpen the panels:  [bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+    tell(console, "What happened", story.lines(), outcome.seconds)
+    say_how_to_look(console, outcome.log_dir)
     return story

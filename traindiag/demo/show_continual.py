@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import rich
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from traindiag.demo.continual import TASK, Phases, stability_gap, train
 from traindiag.demo.continual_story import HEADINGS, Story
+from traindiag.demo.telling import say_how_to_look, tell
 from traindiag.lightning import TrainingDiagnostics
 
 
@@ -34,14 +33,7 @@ def show(replays: Sequence[float], seed: int, log_root: Path) -> list[Story]:
         outcome = train(phases, [diagnostics], folder)
         story = Story.of(outcome, diagnostics.alerts, diagnostics.history, monitor.continual.gaps.get(TASK))
         stories.append(story)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for label, sentence in story.lines():
-            table.add_row(label, escape(sentence))
-        table.add_row("took", f"{outcome.seconds:.0f} s")
-        console.rule(f"What happened with {replay:.0%} of English kept", align="left")
-        console.print(table, highlight=False)
+        tell(console, f"What happened with {replay:.0%} of English kept", story.lines(), outcome.seconds)
     if len(stories) > 1:
         comparison = Table(*HEADINGS, box=box.HORIZONTALS)
         for story in stories:
@@ -53,6 +45,5 @@ def show(replays: Sequence[float], seed: int, log_root: Path) -> list[Story]:
             highlight=False,
         )
     where = stories[0].outcome.log_dir if len(stories) == 1 else log_root
-    command = f"tensorboard --logdir {shlex.quote(str(where))}"
-    console.print(f"\nOpen the panels:  [bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+    say_how_to_look(console, where)
     return stories

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from traindiag.demo.fit import fit
 from traindiag.demo.rl.agent import Agent, AgentSettings
-from traindiag.demo.run import ProgressBar, quiet
 from traindiag.rules.adaptive_replay import AdaptiveReplayRatio
 
 CHUNK = 10
@@ -181,22 +179,8 @@ def train(settings: Settings, callbacks: Sequence[Callback] = (), log_root: Path
     seed_everything(settings.agent.seed, verbose=False)
     module = Learner(settings)
     counting: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(settings.batches)), batch_size=None)
-    with quiet(), _one_thread():
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            log_every_n_steps=10,
-            logger=False if log_root is None else TensorBoardLogger(log_root, name=""),
-            callbacks=[*callbacks, *([] if log_root is None else [ProgressBar(leave=True)])],
-            enable_progress_bar=log_root is not None,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        began = time.perf_counter()
-        trainer.fit(module, counting)
-        seconds = time.perf_counter() - began
-    log_dir = Path(trainer.log_dir) if trainer.logger and trainer.log_dir else None
+    with _one_thread():
+        seconds, log_dir = fit(module, counting, callbacks, log_root)
     return Outcome(settings, tuple(module.agent.returns), seconds, log_dir)
 
 

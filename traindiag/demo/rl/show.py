@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import rich
-from rich.markup import escape
-from rich.table import Table
 
 from traindiag.demo.rl.agent import AgentSettings
 from traindiag.demo.rl.run import PRIMING, Settings, train
 from traindiag.demo.rl.story import Story
+from traindiag.demo.telling import say_how_to_look, tell
 from traindiag.lightning import TrainingDiagnostics
 from traindiag.monitors.critic_plasticity import CriticPlasticity
 
@@ -50,19 +48,16 @@ def show(seed: int, log_root: Path, settings: Settings | None = None) -> tuple[S
         diagnostics = TrainingDiagnostics(monitors=[monitor(run)])
         outcome = train(run, [diagnostics], log_root / f"rl-{name}")
         stories.append(Story.of(outcome, diagnostics.alerts, diagnostics.history))
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for label, sentence in stories[-1].lines(stories[0] if len(stories) > 1 else None):
-            table.add_row(label, escape(sentence))
-        table.add_row("took", f"{outcome.seconds:.0f} s")
-        console.rule(f"What happened to the {name} critic", align="left")
-        console.print(table, highlight=False)
+        tell(
+            console,
+            f"What happened to the {name} critic",
+            stories[-1].lines(stories[0] if len(stories) > 1 else None),
+            outcome.seconds,
+        )
     console.print(
         "\nAfter priming both agents see the same kind of transitions with the same learning rate. What the second "
         "one lacks are units that can still change: fresh weights would mend it, more data would not.",
         highlight=False,
     )
-    command = f"tensorboard --logdir {shlex.quote(str(log_root))}"
-    console.print(f"\nOpen the panels:  [bold]{escape(command)}[/]", highlight=False, soft_wrap=True)
+    say_how_to_look(console, log_root)
     return stories[0], stories[1]
