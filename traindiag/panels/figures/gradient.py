@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from traindiag.panels.figures.chart import dimmed
+from traindiag.panels.figures.chart import Chart, dimmed
 from traindiag.panels.figures.content import Block, figure
 from traindiag.panels.figures.view import View, labels_of, present
+from traindiag.record.series import Series
 
 NORM, APPLIED, CLIPPED = "gradient/norm", "gradient/norm_applied", "gradient/clip_rate"
 RMS_T, SENTINEL = "optimizer/rms_t", "optimizer/sentinel_rms_t"
@@ -76,16 +77,12 @@ def norm(view: View) -> Block | None:
 def second_moment(view: View) -> Block | None:
     """RMS_t of the sentinels at every step, otherwise of all parameters at samples."""
     name = SENTINEL if view.series(SENTINEL) is not None else RMS_T
-    block = view.lines(
+    return view.lines(
         "rms-t",
         "Gradients in units of the second moment (RMS_t)",
         name,
         note="About 1 while the second moment keeps up. Values above 2.3 have come 1 to 8 steps before loss spikes.",
     )
-    series = view.series(name)
-    if block is None or series is None:
-        return None
-    return block
 
 
 def ratio(view: View) -> Block | None:
@@ -93,15 +90,21 @@ def ratio(view: View) -> Block | None:
     series = view.series(RATIO)
     if series is None:
         return None
-    chart = view.chart(RATIO, log=True, title="update / weights")
+    chart = _spread(view, series, "update / weights")
+    _shade(view, chart.shapes, *USUAL_RATIO, view.colours.healthy)
+    text = "Root of the summed squares of one update over that of the weights. Green: from 1e-4 to 0.1, as is usual."
+    return figure("update-ratio", "Size of an update against the weights", chart.figure(), text)
+
+
+def _spread(view: View, series: Series, title: str) -> Chart:
+    """Median and range of all tensors, and the three worst of them."""
+    chart = view.chart(series.signal.name, log=True, title=title)
     view.middle(chart, series)
     for k, i in enumerate(view.worst(series, 3)):
         column = series.values[:, i], series.seen[:, i]
         chart.line(labels_of(series)[i], series.steps, *column, colour=view.colour(k))
-    view.dress(chart, RATIO)
-    _shade(view, chart.shapes, *USUAL_RATIO, view.colours.healthy)
-    text = "Root of the summed squares of one update over that of the weights. Green: from 1e-4 to 0.1, as is usual."
-    return figure("update-ratio", "Size of an update against the weights", chart.figure(), text)
+    view.dress(chart, series.signal.name)
+    return chart
 
 
 def epsilon(view: View) -> Block | None:
@@ -109,12 +112,7 @@ def epsilon(view: View) -> Block | None:
     series = view.series(EPSILON)
     if series is None:
         return None
-    chart = view.chart(EPSILON, log=True, title="gradient RMS / epsilon")
-    view.middle(chart, series)
-    for k, i in enumerate(view.worst(series, 3)):
-        column = series.values[:, i], series.seen[:, i]
-        chart.line(labels_of(series)[i], series.steps, *column, colour=view.colour(k))
-    view.dress(chart, EPSILON)
+    chart = _spread(view, series, "gradient RMS / epsilon")
     floor = min((limit.value for limit in view.limits.get(EPSILON, ())), default=1.0)
     _shade(view, chart.shapes, floor * 1e-3, 1.0, view.colours.warning)
     text = "Below 1 the optimizer's epsilon, and no longer the second moment, sets the size of updates."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traindiag.panels.figures.content import Block
-from traindiag.panels.figures.view import View, metric, present
+from traindiag.panels.figures.view import View, present
 
 _P = "plasticity/"
 
@@ -68,7 +68,10 @@ def plasticity_blocks(view: View) -> list[Block]:
             )
         ),
     ]
-    return present(blocks + _others(view), "Nothing was measured of plasticity in this run: no monitor of it was on.")
+    return present(
+        blocks + view.others("plasticity", _SHOWN),
+        "Nothing was measured of plasticity in this run: no monitor of it was on.",
+    )
 
 
 _SHOWN = {
@@ -76,8 +79,3 @@ _SHOWN = {
     "q_mean", "srank_99", "effective_rank", "feature_rank", "churn", "output_change", "twin_gap", "weight_norm_ratio",
     "preactivation_norm", "zombie", "saturation", "explained_variance", "trainability",
 }  # fmt: skip
-
-
-def _others(view: View) -> list[Block | None]:
-    names = [n for n in view.families.get("plasticity", ()) if n.removeprefix(_P) not in _SHOWN]
-    return [view.lines(n.replace("/", "-"), metric(n).capitalize(), n) for n in names]

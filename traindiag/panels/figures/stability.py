@@ -60,7 +60,7 @@ def stability_blocks(view: View) -> list[Block]:
         view.lines("gradient-cosine", "Does training pull against old tasks?", _S + "gradient_cosine", log=False),
     ]
     return present(
-        blocks + _others(view),
+        blocks + view.others("stability", _SHOWN),
         "Nothing was measured of old tasks in this run: no monitor of the stability gap was on.",
     )
 
@@ -253,8 +253,3 @@ _SHOWN = {
     "wp_100", "forgetting", "backward_transfer", "gradient_ratio", "gradient_cosine", "shift", "baseline", "noise",
     "start",
 }  # fmt: skip
-
-
-def _others(view: View) -> list[Block | None]:
-    names = [n for n in view.families.get("stability", ()) if n.removeprefix(_S) not in _SHOWN]
-    return [view.lines(n.replace("/", "-"), metric(n).capitalize(), n) for n in names]

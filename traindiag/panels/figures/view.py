@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -250,6 +250,11 @@ class View:
 
     def colour(self, k: int) -> str:
         return self.colours.series[k % len(self.colours.series)]
+
+    def others(self, family: str, shown: Collection[str]) -> list[Block | None]:
+        """Lines of the signals of a family that no other block shows, such as those of a newer version."""
+        names = [n for n in self.families.get(family, ()) if n.removeprefix(f"{family}/") not in shown]
+        return [self.lines(n.replace("/", "-"), metric(n).capitalize(), n) for n in names]
 
     def by_place(self, id: str, title: str, name: str, *, note: str = "", scale: str = "size") -> Block | None:
         """One signal as a heat map of its cells over steps."""
