@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
 _NAMED = re.compile(r"(^|_)(target|teacher|ema|momentum|average|averaged|polyak|shadow)(_|$)|targ$", re.IGNORECASE)
 
 
-def copies(roots: Sequence[nn.Module], owned: Collection[int]) -> set[int]:
+def copies(roots: Sequence[nn.Module], owned: Set[int]) -> set[int]:
     """``id`` of the parameters of modules that follow another one: beside it, alike, called so, owned by nobody.
 
     The name is asked for because likeness is not enough: blocks of a stack are alike too, and one that was forgotten
@@ -30,12 +29,17 @@ def copies(roots: Sequence[nn.Module], owned: Collection[int]) -> set[int]:
     found: set[int] = set()
     for root in roots:
         for parent in root.modules():
-            for one, (name, other) in itertools.permutations(parent.named_children(), 2):
-                if _NAMED.search(name) and _alike(one[1], other):
-                    theirs = {id(p) for p in other.parameters()}
-                    if theirs.isdisjoint(owned) and {id(p) for p in one[1].parameters()} <= set(owned):
+            for name, copy in parent.named_children():
+                # names first: stacks of hundreds of experts have no such name, and their pairs are many
+                if _NAMED.search(name) and owned.isdisjoint(theirs := _ids(copy)):
+                    others = (m for m in parent.children() if m is not copy)
+                    if any(_alike(m, copy) and _ids(m) <= owned for m in others):
                         found |= theirs
     return found
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(p) for p in module.parameters()}
 
 
 def _alike(a: nn.Module, b: nn.Module) -> bool:

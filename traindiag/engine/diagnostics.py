@@ -162,6 +162,7 @@ class Diagnostics:
         self._updated: set[str] = set()
         self._learning_rates: dict[str, float] = {}
         self._batches: list[str] = []
+        self._batch_id = self.settings.batch_id
         self._handles: list[RemovableHandle] = []
         self._samples: dict[str, ParameterSample] = {}
         self._stepping: dict[str, int] = {}
@@ -366,12 +367,12 @@ class Diagnostics:
         if self._failed:
             return
         with self.border, self._meter:
-            label = name_batch(batch, place, self.settings.batch_id, self._no_batch_ids)
+            label = name_batch(batch, place, self._batch_id, self._no_batch_ids)
             if label:
                 self._batches.append(label)
 
     def _no_batch_ids(self, error: Exception) -> None:
-        self.settings = replace(self.settings, batch_id=None)
+        self._batch_id = None
         self._tell(f"batch_id failed and is not asked again: {describe(error)}; training goes on")
 
     def before_backward(self) -> None:
