@@ -8,7 +8,7 @@ from typing import Any
 
 from traindiag.alerts.alert import Alert
 from traindiag.engine.judge import BATCH
-from traindiag.record.catalogue import BY_NAME
+from traindiag.record.catalogue import BY_NAME, ON_DEMAND
 from traindiag.rules.default_pack import default_rules
 from traindiag.rules.rule_set import RuleSet
 
@@ -83,5 +83,5 @@ def _with(alarm: Alarm, **changes: Any) -> Alarm:
 
 def pack_digest() -> str:
     """What the numbers were made with: default rules that can judge a run without active monitors."""
-    judging = [rule for rule in default_rules() if not rule.name.startswith(("plasticity/", "stability/"))]
+    judging = [rule for rule in default_rules() if rule.name.partition("/")[0] not in ON_DEMAND]
     return RuleSet(judging).digest()

@@ -349,6 +349,9 @@ SIGNALS: tuple[Signal, ...] = (
 
 BY_NAME: dict[str, Signal] = {s.name: s for s in SIGNALS}
 
+ON_DEMAND = frozenset(s.family for s in SIGNALS if s.lane == "active")
+"""Families that only monitors measure which a run must ask for."""
+
 
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`` Did you mean 'x' or 'y'?`` for an error message, or nothing.

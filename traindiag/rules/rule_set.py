@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from traindiag.record.catalogue import BY_NAME
+from traindiag.record.catalogue import BY_NAME, ON_DEMAND
 from traindiag.record.frame import Frame
 from traindiag.rules.nonfinite import NonFinite
 from traindiag.rules.rule import Rule, Verdict
-
-_ON_DEMAND = {s.family for s in BY_NAME.values() if s.lane == "active"}
 
 
 class RuleSet:
@@ -78,7 +76,7 @@ class RuleSet:
 
     def not_asked_for(self) -> set[str]:
         """Those of them on families that only monitors measure which a run must ask for: nobody waits for them."""
-        return {n for n, signals in self.unjudged().items() if {s.split("/")[0] for s in signals} <= _ON_DEMAND}
+        return {n for n, signals in self.unjudged().items() if {s.split("/")[0] for s in signals} <= ON_DEMAND}
 
     def digest(self) -> str:
         """A short hash of every rule and setting, independent of order: what a benchmark's numbers were made with."""
