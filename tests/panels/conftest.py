@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,19 @@ from traindiag.record.frame import Frame, Reading
 from traindiag.record.run_info import RunInfo
 
 HOSTILE = "<img src=x onerror=document.title='pwned'>"
+ROOT = Path(__file__).parents[2]
+
+TRAIN = """
+import sys
+from pathlib import Path
+from traindiag.demo.run import HEALTHY_LR, UNSTABLE_LR, Settings, train
+from traindiag.lightning import TrainingDiagnostics
+
+for name, lr in (("unstable", UNSTABLE_LR), ("healthy", HEALTHY_LR)):
+    settings = Settings(lr=lr, steps=44, layers=2, width=32, batch=4, context=64)
+    train(settings, [TrainingDiagnostics(every_n_steps=4, terminal=False)], Path(sys.argv[1]) / name)
+"""
+
 ADAM = Cells.along("optimizer", ["adam"])
 
 
@@ -72,15 +86,10 @@ def hostile_alert(step: int, run: str = "bad") -> Alert:
 
 @pytest.fixture(scope="session")
 def tab_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from traindiag.demo.run import HEALTHY_LR, UNSTABLE_LR, Settings, train
-    from traindiag.lightning import TrainingDiagnostics
-
     root = tmp_path_factory.mktemp("logs")
-    for name, lr in (("unstable", UNSTABLE_LR), ("healthy", HEALTHY_LR)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            settings = Settings(lr=lr, steps=44, layers=2, width=32, batch=4, context=64)
-            train(settings, [TrainingDiagnostics(every_n_steps=4, terminal=False)], root / name)
+    # by itself: where any function in the process is compiled, losses outside of modules are not looked at, and the
+    # tests before this one compile some
+    subprocess.run([sys.executable, "-W", "ignore", "-c", TRAIN, root], cwd=ROOT, check=True, capture_output=True)
     write_run(root / "resumed", "again", range(100))
     write_run(root / "resumed on", "again", range(60, 160), segment=1, scale=0.5)
     write_run(root / HOSTILE, "bad", range(100), cells=grid(2, 3, HOSTILE + "{}"), alerts=[hostile_alert(90)])
